@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+WEIGHTS_FORMAT = "doremi-mix/domain-weights"
+WEIGHTS_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -174,3 +177,53 @@ class DomainWeights:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
+
+    def __post_init__(self) -> None:
+        check_distribution(self.domain_weights, "domain weights")
+        check_distribution(self.reference_weights, "reference weights")
+        if set(self.domain_weights) != set(self.reference_weights):
+            raise ValueError("domain weights and reference weights name different domains")
+
+    def __getitem__(self, name: str) -> float:
+        return self.domain_weights[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the stable JSON form that ``weights/domain_weights.json`` holds."""
+        return {
+            "format": WEIGHTS_FORMAT,
+            "version": WEIGHTS_VERSION,
+            "unit": "tokens",
+            "domain_weights": dict(self.domain_weights),
+            "reference_weights": dict(self.reference_weights),
+            "shares": {unit: dict(shares) for unit, shares in self.shares.items()},
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "method": self.method,
+            "settings": dict(self.settings),
+            "tokenizer": dict(self.tokenizer),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DomainWeights:
+        """Reads what ``to_dict`` wrote.
+
+        Raises:
+            ValueError: the data are of another format or version, a key is missing, or the weights do not sum to 1.
+        """
+        if data.get("format") != WEIGHTS_FORMAT:
+            raise ValueError(f'"format" must be "{WEIGHTS_FORMAT}", got {data.get("format")!r}')
+        if data.get("version") != WEIGHTS_VERSION:
+            raise ValueError(f'"version" must be {WEIGHTS_VERSION}, got {data.get("version")!r}')
+        for key in ("domain_weights", "reference_weights"):
+            if not isinstance(data.get(key), Mapping):
+                raise ValueError(f'"{key}" must be an object of numbers, got {data.get(key)!r}')
+        return cls(
+            domain_weights=dict(data["domain_weights"]),
+            reference_weights=dict(data["reference_weights"]),
+            shares=dict(data.get("shares", {})),
+            method=str(data.get("method", "")),
+            settings=dict(data.get("settings", {})),
+            tokenizer=dict(data.get("tokenizer", {})),
+            provenance=dict(data.get("provenance", {})),
+            intervals={name: (low, high) for name, (low, high) in data.get("intervals", {}).items()},
+        )

@@ -1,0 +1,111 @@
+"""Which sequences each training step sees: a pure function of (weights, seed, step).
+
+Axes: K domains, S steps, B sequences in a batch.  The proxy model's batches are stratified-uniform and the reference
+model's are weighted; both are the same rule with other weights.  Nothing here depends on how many processes train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def plan_domain_counts(weights_K: NDArray[np.float64], batch_size: int, num_steps: int) -> NDArray[np.int64]:
+    """Splits every batch over the domains so that the running totals follow the weights as closely as integers can.
+
+    A domain gets ``floor(weight * B)`` sequences in every batch; the sequences that are left go, one each, to the domains
+    whose fractions have added up to the largest debt so far.  With uniform weights and ``B >= K``, every domain is in
+    every batch.
+
+    Args:
+        weights_K: weights on the simplex.
+        batch_size: B.
+        num_steps: S.
+
+    Returns:
+        Sequences to draw, shape [S, K]; every row sums to B.
+    """
+    # Rounded, so that 0.35 * 20 = 6.999999999999999 is 7.
+    share_K = np.round(np.asarray(weights_K, dtype=np.float64) * batch_size, 9)
+    base_K = np.floor(share_K).astype(np.int64)
+    num_left = batch_size - int(base_K.sum())
+    counts_SK = np.tile(base_K, (num_steps, 1))
+    # A domain without weight is never owed anything.
+    debt_K = np.where(share_K > 0, 0.0, -np.inf)
+    for step in range(num_steps if num_left else 0):
+        debt_K += share_K - base_K
+        chosen = np.argsort(-np.round(debt_K, 6), kind="stable")[:num_left]
+        counts_SK[step, chosen] += 1
+        debt_K[chosen] -= 1
+    return counts_SK
+
+
+class Schedule:
+    """Sequence ids for each step.
+
+    The n-th draw from a domain is a pure function of (seed, domain id, n): epochs over the domain's sequences, each in a
+    fresh order.  So a resumed run, or one with more processes, sees the same sequences.
+    """
+
+    def __init__(
+        self,
+        sequence_ids_by_domain: Sequence[NDArray[np.int64]],
+        weights_K: NDArray[np.float64],
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+    ) -> None:
+        """Plans a run.
+
+        Args:
+            sequence_ids_by_domain: for each domain, the ids of its training sequences.
+            weights_K: share of the draws that each domain gets; a domain with weight > 0 needs at least one sequence.
+            batch_size: B, over all processes.
+            num_steps: S.
+            seed: of the orders.
+        """
+        self.sequence_ids_by_domain = [np.asarray(ids, dtype=np.int64) for ids in sequence_ids_by_domain]
+        self.counts_SK = plan_domain_counts(weights_K, batch_size, num_steps)
+        self.starts_SK = np.cumsum(self.counts_SK, axis=0) - self.counts_SK
+        self.seed = seed
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Returns the sequence ids of a step, shape [B], in a shuffled order (so that micro-batches mix domains)."""
+        parts = [
+            self._draw(domain_id, int(self.starts_SK[step, domain_id]), int(count))
+            for domain_id, count in enumerate(self.counts_SK[step])
+            if count
+        ]
+        order = np.random.default_rng([self.seed, 1, step])
+        return order.permutation(np.concatenate(parts))
+
+    def drawn(self) -> NDArray[np.int64]:
+        """Returns the sorted ids of all sequences that any step draws."""
+        ids = []
+        for domain_id, total in enumerate(self.counts_SK.sum(axis=0)):
+            available = self.sequence_ids_by_domain[domain_id]
+            ids.append(available if total >= len(available) else self._draw(domain_id, 0, int(total)))
+        return np.sort(np.concatenate(ids))
+
+    def epochs(self) -> NDArray[np.float64]:
+        """Returns how often the schedule passes over each domain, shape [K]."""
+        sizes_K = np.array([max(1, len(ids)) for ids in self.sequence_ids_by_domain])
+        return np.asarray(self.counts_SK.sum(axis=0) / sizes_K, dtype=np.float64)
+
+    def _draw(self, domain_id: int, start: int, count: int) -> NDArray[np.int64]:
+        available = self.sequence_ids_by_domain[domain_id]
+        epoch_n, position_n = np.divmod(np.arange(start, start + count), len(available))
+        return np.concatenate(
+            [self._order(domain_id, int(epoch))[position_n[epoch_n == epoch]] for epoch in np.unique(epoch_n)]
+        )
+
+    def _order(self, domain_id: int, epoch: int) -> NDArray[np.int64]:
+        """One epoch's order of a domain; the last one is kept, as draws go forward."""
+        if (domain_id, epoch) not in self._orders:
+            rng = np.random.default_rng([self.seed, 0, domain_id, epoch])
+            self._orders = {key: order for key, order in self._orders.items() if key[0] != domain_id}
+            self._orders[domain_id, epoch] = rng.permutation(self.sequence_ids_by_domain[domain_id])
+        return self._orders[domain_id, epoch]

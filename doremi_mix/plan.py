@@ -1,0 +1,191 @@
+"""Settings that nobody gave: chosen for the hardware and the data, and what the run will cost.
+
+``choose`` is a pure function of the configuration, the number of domains and the kind of hardware, so that a run resumed
+on another machine of the same kind makes the same choices (the run directory keeps the kind).  ``estimate`` measures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from doremi_mix.config import Config, TrainingConfig
+from doremi_mix.presets import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from doremi_mix.models import TokenInfo
+
+CPU_STEPS = 300
+CUDA_STEPS = 2_000
+CUDA_BATCH_SIZE = 64
+CPU_BATCH_SIZE = 24
+CHECKPOINT_LEARNING_RATE = 2e-5
+MICRO_BATCH_TOKENS = 65_536
+"""Tokens in one forward pass at most: what a 280 M model in bf16 needs for them fits a data-center GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What training will take.
+
+    Attributes:
+        seconds: by stage; empty when the model is too large to be tried out.
+        num_parameters: of the proxy model.
+        tokens: by stage, the tokens that go through the model.
+    """
+
+    seconds: dict[str, float]
+    num_parameters: int
+    tokens: dict[str, int]
+
+
+def detect_hardware() -> str:
+    """Returns ``cuda`` or ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose(config: Config, num_domains: int, hardware: str) -> Config:
+    """Fills every setting that is null.
+
+    Args:
+        config: as given.
+        num_domains: K; a batch has at least two sequences of every domain unless it is given.
+        hardware: ``cuda`` or ``cpu``.
+
+    Returns:
+        A configuration without choices left.
+    """
+    on_gpu = hardware == "cuda"
+    reference = config.reference
+    model = reference.model or config.proxy.model or ("120m" if on_gpu else "tiny")
+    # What a checkpoint does not tell us is taken from the size that the hardware would get.
+    preset = PRESETS.get(model, PRESETS["120m" if on_gpu else "tiny"])
+    tokenize = config.tokenize.model_copy(
+        update={
+            "vocab_size": config.tokenize.vocab_size or preset.vocab_size,
+            "context_length": config.tokenize.context_length or preset.context_length,
+        }
+    )
+    least = CUDA_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE
+    batch_size = reference.batch_size or config.proxy.batch_size or max(least, 2 * num_domains)
+    steps = reference.steps or config.proxy.steps or (CUDA_STEPS if on_gpu else CPU_STEPS)
+    rate = PRESETS[model].learning_rate if model in PRESETS else CHECKPOINT_LEARNING_RATE
+
+    def filled(section: TrainingConfig, like: TrainingConfig) -> dict[str, object]:
+        own_model = section.model or like.model or model
+        own_rate = section.learning_rate or like.learning_rate or rate
+        own_batch = section.batch_size or like.batch_size or batch_size
+        own_steps = section.steps or like.steps or steps
+        return {
+            "model": own_model,
+            "learning_rate": own_rate,
+            "batch_size": own_batch,
+            "steps": own_steps,
+            "checkpoint_every": section.checkpoint_every or max(1, math.ceil(own_steps / 20)),
+        }
+
+    new_reference = reference.model_copy(update=filled(reference, reference))
+    return config.model_copy(
+        update={
+            "tokenize": tokenize,
+            "reference": new_reference,
+            "proxy": config.proxy.model_copy(update=filled(config.proxy, new_reference)),
+        }
+    )
+
+
+def accumulation(section: TrainingConfig, context_length: int, num_processes: int) -> int:
+    """Returns the micro-batches per step and process: as given, else so that one holds ``MICRO_BATCH_TOKENS`` at most."""
+    if section.gradient_accumulation_steps is not None:
+        return section.gradient_accumulation_steps
+    assert section.batch_size is not None
+    return max(1, math.ceil(section.batch_size * context_length / (MICRO_BATCH_TOKENS * num_processes)))
+
+
+def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_000_000) -> Estimate:
+    """Measures a training step of the chosen models on random tokens and multiplies.
+
+    Args:
+        config: without choices left.
+        tokens: of the tokenizer that will be used.
+        max_parameters: models larger than this are not built to be tried out.
+
+    Returns:
+        Seconds and tokens for reference, reference_losses and proxy.  A process's random state is left as it was.
+    """
+    reference, proxy = config.reference, config.proxy
+    context_length = config.tokenize.context_length
+    assert context_length and reference.steps and reference.batch_size and proxy.steps and proxy.batch_size
+    amounts = {
+        "reference": reference.steps * reference.batch_size * context_length,
+        "reference_losses": proxy.steps * proxy.batch_size * context_length,
+        "proxy": proxy.steps * proxy.batch_size * context_length,
+    }
+    size = _num_parameters(str(proxy.model), tokens)
+    if size is None or size > max_parameters:
+        return Estimate({}, size or 0, amounts)
+    train_seconds, score_seconds, size = _measure_step(config, reference, tokens)
+    proxy_seconds = (
+        train_seconds
+        if (proxy.model, proxy.batch_size) == (reference.model, reference.batch_size)
+        else _measure_step(config, proxy, tokens)[0]
+    )
+    seconds = {
+        "reference": train_seconds * reference.steps,
+        "reference_losses": score_seconds * proxy.steps * proxy.batch_size / reference.batch_size,
+        "proxy": proxy_seconds * proxy.steps,
+    }
+    return Estimate(seconds, size, amounts)
+
+
+def _num_parameters(model: str, tokens: TokenInfo) -> int | None:
+    """Returns the size of a preset or of a local checkpoint (from its files), or None."""
+    from pathlib import Path
+
+    preset: Preset | None = PRESETS.get(model)
+    if preset is not None:
+        return preset.num_parameters(tokens.vocab_size)
+    files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")] if Path(model).is_dir() else []
+    # Two bytes a parameter is the smallest usual storage, so this never calls a large model small.
+    return sum(file.stat().st_size for file in files) // 2 if files or Path(model).exists() else None
+
+
+def _measure_step(config: Config, section: TrainingConfig, tokens: TokenInfo) -> tuple[float, float, int]:
+    """Returns seconds for a training step, for scoring the same batch, and the number of parameters."""
+    import torch
+
+    from doremi_mix.models import build_model, num_parameters
+    from doremi_mix.train import make_accelerator
+
+    assert section.model and section.batch_size and config.tokenize.context_length
+    T = config.tokenize.context_length
+    with torch.random.fork_rng():
+        model = build_model(section.model, tokens, T, 0, trust_remote_code=section.trust_remote_code)
+        accelerator = make_accelerator()
+        # Unwrapped on purpose: an estimate needs no exchange between processes.
+        model.to(accelerator.device)
+        parts = accumulation(section, T, accelerator.num_processes)
+        B = max(1, section.batch_size // (parts * accelerator.num_processes))
+        ids_BT = torch.randint(tokens.vocab_size, (B, T), device=accelerator.device)
+        labels_BT = ids_BT.masked_fill(torch.rand(B, T, device=accelerator.device) < 0.5, -100)
+        positions_BT = torch.arange(T, device=accelerator.device).expand(B, T)
+        documents_BT = torch.zeros_like(ids_BT)
+
+        def run(*, train: bool) -> float:
+            start = time.perf_counter()
+            with torch.set_grad_enabled(train), accelerator.autocast():
+                loss = model(ids_BT, labels_BT, positions_BT, documents_BT).sum()
+            if train:
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+            loss.item()
+            return time.perf_counter() - start
+
+        run(train=True)
+        train_seconds = min(run(train=True) for _ in range(2))
+        score_seconds = min(run(train=False) for _ in range(2))
+    return train_seconds * parts, score_seconds * parts, num_parameters(model)

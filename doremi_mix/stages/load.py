@@ -1,0 +1,273 @@
+"""Stage load: every source into one schema, ``<domain>.parquet``; what was not kept goes to ``rejections.parquet``.
+
+Writes ``summary.json``: per domain the rows, the kept ones and the rejected ones by rule.  Rows in = kept + rejected.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from doremi_mix.config import Config
+from doremi_mix.errors import ConfigError, DataError, SourceFormatError, TooManyRejectedError
+from doremi_mix.progress import Narrator
+from doremi_mix.run import read_json, write_json
+from doremi_mix.sources import OpenSource, Source, open_source
+from doremi_mix.sources.catalog import resolve
+from doremi_mix.sources.readers import domain_name, sha256_of
+from doremi_mix.types import Domains, Example, Rejection
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from doremi_mix.stages import StageContext
+
+CHUNK_BYTES = 16 * 2**20
+"""How much row text is held before it is written: bounds memory whatever the length of the rows."""
+
+
+@dataclass
+class SourceCounts:
+    """What became of one source's rows."""
+
+    domain: str
+    path: str
+    format: str
+    schema: str
+    num_rows: int = 0
+    num_kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    first_rejection: str = ""
+
+    def check(self, max_rejected_share: float) -> None:
+        """Raises when nothing is left of the source, or too little."""
+        num_rejected = self.num_rows - self.num_kept
+        if self.num_rows == 0:
+            raise SourceFormatError(f"{self.path}: holds no rows; remove it or give another file")
+        if num_rejected > max_rejected_share * self.num_rows:
+            rules = ", ".join(f"{rule} {count:,}" for rule, count in self.rejected.most_common(3))
+            raise TooManyRejectedError(
+                f"{self.path}: {num_rejected:,} of {self.num_rows:,} rows were rejected "
+                f"({num_rejected / self.num_rows:.1%}, allowed {max_rejected_share:.1%}): {rules}; first: "
+                f"{self.first_rejection}; mend the file, or raise load.max_rejected_share"
+            )
+        if self.num_kept == 0:
+            raise DataError(f"{self.path}: no row is left; first: {self.first_rejection}; remove the file or mend it")
+
+
+def list_sources(config: Config) -> list[Source]:
+    """Returns the sources of a configuration with their paths resolved.
+
+    Raises:
+        ConfigError: an unknown catalog, a domain name that cannot name a file, or two sources with one name.
+    """
+    root = Path(config.data_root or ".")
+    if isinstance(config.sources, str):
+        return resolve(config.sources, root)
+    sources = [
+        Source(
+            name=source.name or domain_name(Path(source.path)),
+            path=root / source.path,
+            format=source.format,
+            schema=source.schema_,
+            columns=source.columns,
+        )
+        for source in config.sources
+    ]
+    for source in sources:
+        if source.name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in source.name):
+            raise ConfigError(
+                f"sources: {source.name!r} cannot name a domain (no slash, no control character, no leading dot); "
+                f"set another name for {source.path}"
+            )
+    if len(sources) < 2:
+        raise DataError(
+            f"{sources[0].path}: is the only domain; weights need two or more to choose between, one file each"
+        )
+    try:
+        Domains(tuple(source.name for source in sources))
+    except ValueError as error:
+        raise ConfigError(f"sources: {error}; give one of them another name") from None
+    return sources
+
+
+def describe_sources(config: Config) -> list[dict[str, Any]]:
+    """Returns what identifies the input: names, contents and reading settings, but not where the files lie."""
+    return [
+        {
+            "name": source.name,
+            "sha256": sha256_of(source.path),
+            "format": source.format,
+            "schema": source.schema,
+            "columns": dict(source.columns),
+        }
+        for source in list_sources(config)
+    ]
+
+
+def check_sources(config: Config, narrator: Narrator) -> list[SourceCounts]:
+    """Reads every row of every source and writes nothing, for ``--dry-run``.
+
+    Raises:
+        DataError: as the stage would.
+    """
+    results = []
+    for source in list_sources(config):
+        opened = open_source(source)
+        counts = _counts_of(opened)
+        with narrator.track(f"check {source.name}", None, "rows") as tracker:
+            for kept, rejected in _chunks(opened, counts):
+                tracker.advance(len(kept) + len(rejected))
+        counts.check(config.load.max_rejected_share)
+        results.append(counts)
+    return results
+
+
+def run(context: StageContext) -> str:
+    """Reads every source; returns one line about it."""
+    import pyarrow.parquet as pq
+
+    sources = list_sources(context.config)
+    summary = []
+    rejections_path = context.folder / "rejections.parquet"
+    with pq.ParquetWriter(rejections_path, _rejection_schema(), compression="zstd") as rejections:
+        for source in sources:
+            opened = open_source(source)
+            counts = _counts_of(opened)
+            path = loaded_path(context.folder, source.name)
+            with (
+                context.narrator.track(f"load {source.name}", None, "rows") as tracker,
+                pq.ParquetWriter(path, _example_schema(), compression="zstd") as writer,
+            ):
+                for kept, rejected in _chunks(opened, counts):
+                    _write_examples(writer, kept)
+                    if rejected:
+                        _write_rejections(rejections, rejected)
+                    tracker.advance(len(kept) + len(rejected))
+            counts.check(context.config.load.max_rejected_share)
+            summary.append(counts)
+            context.narrator.say(_line(counts))
+    write_json(
+        context.folder / "summary.json",
+        {
+            "domains": [
+                {**asdict(counts), "rejected": dict(counts.rejected), "sha256": sha256_of(Path(counts.path))}
+                for counts in summary
+            ]
+        },
+    )
+    num_rows = sum(counts.num_rows for counts in summary)
+    num_kept = sum(counts.num_kept for counts in summary)
+    return f"{num_rows:,} rows = {num_kept:,} kept + {num_rows - num_kept:,} rejected"
+
+
+def read_examples(folder: Path, domain: str, chunk_size: int = 1024) -> Iterator[list[Example]]:
+    """Reads back what the stage kept of a domain, in order, in lists of at most ``chunk_size``."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(loaded_path(folder, domain)) as file:
+        for batch in file.iter_batches(chunk_size):
+            columns = batch.to_pydict()
+            yield [
+                Example(
+                    id=columns["id"][i],
+                    domain=domain,
+                    instruction=columns["instruction"][i],
+                    input=columns["input"][i],
+                    output=columns["output"][i],
+                    history=tuple((turn["user"], turn["assistant"]) for turn in columns["history"][i]),
+                    system=columns["system"][i],
+                    row=columns["row"][i],
+                )
+                for i in range(batch.num_rows)
+            ]
+
+
+def read_rows(folder: Path, domain: str, chunk_size: int = 4096) -> Iterator[list[str]]:
+    """Reads back the input rows of a domain's kept examples, each as one line of JSON."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(loaded_path(folder, domain)) as file:
+        for batch in file.iter_batches(chunk_size, columns=["row"]):
+            yield batch.column(0).to_pylist()
+
+
+def loaded_path(folder: Path, domain: str) -> Path:
+    """Returns the Parquet file of a domain."""
+    return folder / f"{domain}.parquet"
+
+
+def read_summary(folder: Path) -> list[dict[str, Any]]:
+    """Returns ``summary.json``: one mapping per domain, in the order of domains."""
+    domains: list[dict[str, Any]] = read_json(folder / "summary.json")["domains"]
+    return domains
+
+
+def _counts_of(opened: OpenSource) -> SourceCounts:
+    return SourceCounts(opened.source.name, str(opened.source.path), opened.format, opened.schema.describe())
+
+
+def _line(counts: SourceCounts) -> str:
+    line = f"  {counts.domain}: {counts.num_kept:,} rows, {counts.format}, {counts.schema}"
+    if counts.rejected:
+        rules = ", ".join(f"{count:,} {rule}" for rule, count in counts.rejected.most_common())
+        line += f"; rejected {rules}"
+    return line
+
+
+def _chunks(opened: OpenSource, counts: SourceCounts) -> Iterator[tuple[list[Example], list[Rejection]]]:
+    """Groups a source's rows into pieces of bounded size and counts them."""
+    kept: list[Example] = []
+    rejected: list[Rejection] = []
+    num_bytes = 0
+    for item in opened:
+        counts.num_rows += 1
+        num_bytes += len(item.row) + 200
+        if isinstance(item, Example):
+            counts.num_kept += 1
+            kept.append(item)
+        else:
+            counts.rejected[item.rule] += 1
+            counts.first_rejection = counts.first_rejection or f"row {item.row_number:,}: {item.detail}"
+            rejected.append(item)
+        if num_bytes >= CHUNK_BYTES:
+            yield kept, rejected
+            kept, rejected, num_bytes = [], [], 0
+    yield kept, rejected
+
+
+def _example_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    turn = pa.struct([("user", pa.string()), ("assistant", pa.string())])
+    texts = [(name, pa.string()) for name in ("instruction", "input", "output", "system", "row")]
+    return pa.schema([("id", pa.string()), ("domain", pa.string()), *texts, ("history", pa.list_(turn))])
+
+
+def _rejection_schema() -> pa.Schema:
+    import pyarrow as pa
+
+    texts = [(name, pa.string()) for name in ("id", "domain", "path", "rule", "detail", "row")]
+    return pa.schema([*texts, ("row_number", pa.int64())])
+
+
+def _write_examples(writer: Any, examples: list[Example]) -> None:
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {
+        name: [getattr(example, name) for example in examples]
+        for name in ("id", "domain", "instruction", "input", "output", "system", "row")
+    }
+    columns["history"] = [[{"user": user, "assistant": answer} for user, answer in e.history] for e in examples]
+    writer.write_table(pa.table(columns, schema=_example_schema()))
+
+
+def _write_rejections(writer: Any, rejections: list[Rejection]) -> None:
+    import pyarrow as pa
+
+    schema = _rejection_schema()
+    columns = {name: [getattr(rejection, name) for rejection in rejections] for name in schema.names}
+    writer.write_table(pa.table(columns, schema=schema))
