@@ -69,7 +69,7 @@ class TokenizeConfig(Section):
     )
     trust_remote_code: bool = Field(False, description="let a hub tokenizer run its own code")
     vocab_size: PositiveInt | None = Field(None, description="of the trained BPE; null: by the model preset")
-    bpe_sample_megabytes: PositiveInt = Field(64, description="how much text the BPE is trained on, evenly over domains")
+    bpe_sample_megabytes: PositiveInt = Field(32, description="how much text the BPE is trained on, evenly over domains")
     context_length: Annotated[int, Field(ge=8)] | None = Field(
         None, description="tokens in a packed sequence of the reference and proxy model; null: by the hardware"
     )
@@ -151,22 +151,14 @@ class MixtureConfig(Section):
 class Config(Section):
     """The whole configuration; sections are in the order of the stages."""
 
-    sources: str | tuple[SourceConfig, ...] = Field(
-        description="a list of files, or the name of a catalog (bettermixture)"
-    )
+    sources: tuple[SourceConfig, ...] = Field((), description="the files, each of which makes one domain")
+    catalog: str | None = Field(None, description="instead of sources: a known collection under data_root (bettermixture)")
     data_root: str | None = Field(None, description="where relative paths start; null: the folder of this file")
     load: LoadConfig = Field(default_factory=LoadConfig)
     tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     proxy: ProxyConfig = Field(default_factory=ProxyConfig)
     mixture: MixtureConfig = Field(default_factory=MixtureConfig)
-
-    @field_validator("sources", mode="after")
-    @classmethod
-    def _not_empty(cls, value: str | tuple[SourceConfig, ...]) -> str | tuple[SourceConfig, ...]:
-        if not value:
-            raise ValueError("must name at least one file or a catalog")
-        return value
 
 
 def parse_config(data: Mapping[str, Any], *, where: str = "config") -> Config:
@@ -180,9 +172,13 @@ def parse_config(data: Mapping[str, Any], *, where: str = "config") -> Config:
         ConfigError: a key is unknown (with the nearest known one), or a value is of the wrong kind (key, expected, got).
     """
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_describe(error)}") from None
+    if bool(config.sources) == (config.catalog is not None):
+        got = "both" if config.sources else "neither"
+        raise ConfigError(f"{where}: expected either sources (a list of files) or catalog (bettermixture), got {got}")
+    return config
 
 
 def load_config_file(path: Path) -> dict[str, Any]:
@@ -305,7 +301,8 @@ def _describe(error: ValidationError) -> str:
     """Returns the first problem as one line: which key, expected, got, and the nearest key for an unknown one."""
     problems = error.errors(include_url=False)
     # An unknown key explains more than what follows from it.
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    deepest = max(problems, key=lambda p: len(p["loc"]))
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), deepest)
     key = _dotted(problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
@@ -318,8 +315,7 @@ def _describe(error: ValidationError) -> str:
     got = problem["input"]
     got_text = repr(got) if isinstance(got, str | int | float | bool | None.__class__) else f"a {type(got).__name__}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    more = f" (and {len(problems) - 1} more)" if len({p["loc"][:2] for p in problems}) > 1 else ""
-    return f"{key} must be {message.removeprefix('must be ')}, got {got_text}{more}"
+    return f"{key} must be {message.removeprefix('must be ')}, got {got_text}"
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

@@ -88,8 +88,7 @@ def build_model(
         ModelError: it cannot be loaded, is too small for the vocabulary or the context, is no causal language model, or
             lets packed documents see each other.
     """
-    import transformers
-
+    transformers = _import_transformers()
     torch.manual_seed(seed)
     try:
         if name in PRESETS:
@@ -116,8 +115,7 @@ def build_model(
 
 def load_trained(folder: Path) -> TokenLossModel:
     """Loads a model that an earlier stage saved."""
-    import transformers
-
+    transformers = _import_transformers()
     model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     return TokenLossModel(model.eval())
 
@@ -125,6 +123,14 @@ def load_trained(folder: Path) -> TokenLossModel:
 def num_parameters(model: nn.Module) -> int:
     """Counts the parameters; tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _import_transformers() -> Any:
+    """Imports transformers without its own progress bars: a run has one voice."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
 
 
 def _preset_config(name: str, tokens: TokenInfo, context_length: int) -> Any:

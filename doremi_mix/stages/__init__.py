@@ -213,7 +213,7 @@ def stage_states(config: Config | None, run: RunDirectory) -> dict[str, str]:
 
 def _files_of(name_or_path: str) -> Mapping[str, Any] | None:
     """Returns names and sizes of a local model's or tokenizer's files, with the content of the small ones."""
-    from doremi_mix.sources.readers import sha256_of
+    from doremi_mix.sources.files import sha256_of
 
     path = Path(name_or_path)
     if not path.exists():

@@ -17,7 +17,7 @@ from doremi_mix.progress import Narrator
 from doremi_mix.run import read_json, write_json
 from doremi_mix.sources import OpenSource, Source, open_source
 from doremi_mix.sources.catalog import resolve
-from doremi_mix.sources.readers import domain_name, sha256_of
+from doremi_mix.sources.files import domain_name, sha256_of
 from doremi_mix.types import Domains, Example, Rejection
 
 if TYPE_CHECKING:
@@ -42,6 +42,13 @@ class SourceCounts:
     rejected: Counter[str] = field(default_factory=Counter)
     first_rejection: str = ""
 
+    def line(self) -> str:
+        """Returns one line for a person."""
+        line = f"  {self.domain}: {self.num_kept:,} rows, {self.format}, {self.schema}"
+        if self.rejected:
+            line += "; rejected " + ", ".join(f"{count:,} {rule}" for rule, count in self.rejected.most_common())
+        return line
+
     def check(self, max_rejected_share: float) -> None:
         """Raises when nothing is left of the source, or too little."""
         num_rejected = self.num_rows - self.num_kept
@@ -65,8 +72,8 @@ def list_sources(config: Config) -> list[Source]:
         ConfigError: an unknown catalog, a domain name that cannot name a file, or two sources with one name.
     """
     root = Path(config.data_root or ".")
-    if isinstance(config.sources, str):
-        return resolve(config.sources, root)
+    if config.catalog is not None:
+        return resolve(config.catalog, root)
     sources = [
         Source(
             name=source.name or domain_name(Path(source.path)),
@@ -78,9 +85,11 @@ def list_sources(config: Config) -> list[Source]:
         for source in config.sources
     ]
     for source in sources:
-        if source.name.startswith(".") or any(c in "/\\" or not c.isprintable() for c in source.name):
+        if source.name.startswith(".") or source.name == "rejections" or any(
+            c in "/\\" or not c.isprintable() for c in source.name
+        ):
             raise ConfigError(
-                f"sources: {source.name!r} cannot name a domain (no slash, no control character, no leading dot); "
+                f"sources: {source.name!r} cannot name a domain (no slash, no control character, no leading dot, not \"rejections\"); "
                 f"set another name for {source.path}"
             )
     if len(sources) < 2:
@@ -149,7 +158,7 @@ def run(context: StageContext) -> str:
                     tracker.advance(len(kept) + len(rejected))
             counts.check(context.config.load.max_rejected_share)
             summary.append(counts)
-            context.narrator.say(_line(counts))
+            context.narrator.say(counts.line())
     write_json(
         context.folder / "summary.json",
         {
@@ -208,14 +217,6 @@ def read_summary(folder: Path) -> list[dict[str, Any]]:
 
 def _counts_of(opened: OpenSource) -> SourceCounts:
     return SourceCounts(opened.source.name, str(opened.source.path), opened.format, opened.schema.describe())
-
-
-def _line(counts: SourceCounts) -> str:
-    line = f"  {counts.domain}: {counts.num_kept:,} rows, {counts.format}, {counts.schema}"
-    if counts.rejected:
-        rules = ", ".join(f"{count:,} {rule}" for rule, count in counts.rejected.most_common())
-        line += f"; rejected {rules}"
-    return line
 
 
 def _chunks(opened: OpenSource, counts: SourceCounts) -> Iterator[tuple[list[Example], list[Rejection]]]:

@@ -1,0 +1,276 @@
+"""The command line: parses, calls, prints.  Heavy imports happen in the commands that need them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from doremi_mix import __version__
+from doremi_mix.errors import DoremiMixError, RunDirectoryError
+from doremi_mix.presets import describe_presets
+from doremi_mix.stages import STAGES, Stage, command_of
+
+app = typer.Typer(
+    name="doremi-mix",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Learn how much of each dataset to train on.\n\nStart with: doremi-mix demo, or doremi-mix learn FOLDER "
+    "--run-dir runs/NAME.\n\nPresets of proxy models (--set reference.model=NAME):\n\n\b\n" + describe_presets(),
+)
+
+Paths = Annotated[list[Path], typer.Argument(metavar="FILES_OR_DIRS...", help="files (each one a domain) and folders")]
+RunDir = Annotated[Path, typer.Option("--run-dir", help="the folder that keeps everything of the run")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="a YAML file; see doremi-mix init")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting, e.g. proxy.steps=200")]
+Budget = Annotated[int | None, typer.Option("--token-budget", help="draw a mixture of so many tokens")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check all inputs, print plan and estimate, write nothing")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Turns what the user can fix into one line on stderr and exit code 1; bugs keep their traceback."""
+    try:
+        yield
+    except DoremiMixError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"doremi-mix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def learn(
+    paths: Paths,
+    run_dir: RunDir,
+    token_budget: Budget = None,
+    config: ConfigOption = None,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learns domain weights from files, and draws the mixture under --token-budget."""
+    from doremi_mix.config import load_config_file
+    from doremi_mix.pipeline import given_sources, settings_from
+
+    with _errors_in_one_line():
+        base = load_config_file(config) if config else {}
+        given = settings_from({**base, **given_sources(paths)}, set_ or (), token_budget)
+        _run_all(given, run_dir, where=str(config or "settings"), dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see doremi-mix init")],
+    run_dir: RunDir,
+    token_budget: Budget = None,
+    set_: Sets = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Runs every stage of a config, in order."""
+    from doremi_mix.config import load_config_file
+    from doremi_mix.pipeline import settings_from
+
+    with _errors_in_one_line():
+        given = settings_from(load_config_file(config), set_ or (), token_budget)
+        _run_all(given, run_dir, where=str(config), dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def init(
+    paths: Paths,
+    out: Annotated[Path, typer.Option("--out", help="the YAML file to write")],
+) -> None:
+    """Writes a commented config for some files, with the schema that was detected in each."""
+    from doremi_mix.config import write_commented
+    from doremi_mix.run import write_atomic
+    from doremi_mix.sources import Source, open_source
+    from doremi_mix.sources.files import domain_name, find_files
+
+    with _errors_in_one_line():
+        if out.exists():
+            raise RunDirectoryError(f"{out}: exists already; choose another --out or delete it")
+        if not out.parent.is_dir():
+            raise RunDirectoryError(f"{out.parent}: no such folder; make it first or choose another --out")
+        sources = []
+        notes = {}
+        for path in find_files(paths):
+            opened = open_source(Source(name=domain_name(path), path=path))
+            entry = {"path": str(path.resolve()), "name": domain_name(path)}
+            sources.append(entry)
+            notes[entry["path"]] = f"{opened.format}, {opened.schema.describe()}"
+        write_atomic(out, write_commented(sources, notes))
+        print(f"wrote {out} with {len(sources)} domains; run it: doremi-mix run {out} --run-dir runs/{out.stem}")
+
+
+@app.command()
+def status(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Shows which stages of a run have finished."""
+    from doremi_mix.pipeline import resolve
+    from doremi_mix.run import RunDirectory
+    from doremi_mix.stages import stage_states
+
+    with _errors_in_one_line():
+        directory = RunDirectory(run_dir)
+        given = directory.describe()["given"]
+        states = stage_states(resolve(given, directory)[0], directory)
+        if as_json:
+            print(json.dumps(states, indent=2))
+            return
+        for name, state in states.items():
+            seconds = (directory.manifest(name) or {}).get("seconds")
+            print(f"{name:<18}{state}" + (f"  ({seconds:,.1f} s)" if seconds is not None else ""))
+
+
+@app.command()
+def demo(run_dir: RunDir = Path("runs/demo"), as_json: AsJson = False) -> None:
+    """Runs the whole pipeline on 20 made-up domains with a known answer, in a few minutes."""
+    from doremi_mix.demo import DEMO_SETTINGS, demo_sources, write_demo_corpus
+    from doremi_mix.pipeline import announce, open_run
+    from doremi_mix.stages import run_pipeline
+
+    with _errors_in_one_line():
+        corpus = run_dir / "corpus"
+        given = {**DEMO_SETTINGS, "sources": demo_sources(corpus.resolve())}
+        with open_run(run_dir, given) as opened:
+            if opened.processes.is_main:
+                write_demo_corpus(corpus)
+            opened.processes.wait()
+            announce(opened)
+            run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
+            if opened.processes.is_main:
+                _print_result(opened.run, as_json=as_json)
+                if not as_json:
+                    _print_planted(opened.run)
+
+
+def _stage_command(stage: Stage) -> Callable[..., None]:
+    def command(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None) -> None:
+        from doremi_mix.config import load_config_file, merge
+        from doremi_mix.pipeline import open_run, settings_from
+        from doremi_mix.run import RunDirectory
+        from doremi_mix.stages import run_stage
+
+        with _errors_in_one_line():
+            if config is None:
+                base = RunDirectory(run_dir).describe()["given"]
+            else:
+                directory = RunDirectory(run_dir)
+                base = load_config_file(config)
+                base = merge(directory.describe()["given"], base) if directory.exists() else base
+            given = settings_from(base, set_ or ())
+            with open_run(run_dir, given, where=str(config or "settings")) as opened:
+                run_stage(stage, opened.config, opened.run, opened.narrator, opened.processes)
+
+    command.__doc__ = f"Stage {stage.name}: {stage.summary}."
+    return command
+
+
+for _stage in STAGES:
+    app.command(command_of(_stage.name))(_stage_command(_stage))
+
+
+def _run_all(given: dict[str, Any], run_dir: Path, *, where: str, dry_run: bool, as_json: bool) -> None:
+    from doremi_mix.pipeline import announce, open_run
+    from doremi_mix.stages import run_pipeline
+
+    if dry_run:
+        _dry_run(given, run_dir, where, as_json=as_json)
+        return
+    with open_run(run_dir, given, where=where) as opened:
+        announce(opened)
+        run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
+        if opened.processes.is_main:
+            _print_result(opened.run, as_json=as_json)
+
+
+def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool) -> None:
+    from doremi_mix.pipeline import describe_plan, resolve
+    from doremi_mix.progress import Narrator
+    from doremi_mix.run import RunDirectory
+    from doremi_mix.stages.load import check_sources
+
+    config, hardware = resolve(given, RunDirectory(run_dir), where)
+    counts = check_sources(config, Narrator())
+    plan = describe_plan(config, hardware)
+    if as_json:
+        domains = [
+            {"domain": c.domain, "path": c.path, "format": c.format, "schema": c.schema}
+            | {"num_rows": c.num_rows, "num_kept": c.num_kept, "rejected": dict(c.rejected)}
+            for c in counts
+        ]
+        result = {"plan": plan, "domains": domains, "config": config.model_dump(mode="json", by_alias=True)}
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    for count in counts:
+        print(count.line())
+    print("\n".join(plan))
+    print("nothing was written; leave out --dry-run to run it")
+
+
+def _print_result(directory: Any, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from doremi_mix.report.table import render_table
+    from doremi_mix.summary import next_commands, summarize
+
+    summary = summarize(directory)
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has room
+    console.print()
+    console.print(render_table(summary["domains"], "Domain weights (shares of tokens)"))
+    losses = summary["held_out_loss"]
+    print(f"held-out loss, average over domains: reference {losses['reference']:.3f}, proxy {losses['proxy']:.3f} nats/token")
+    print("(the proxy's own loss does not judge the mixture: reweighting is not resampling)")
+    for label, path in (("weights", summary["domain_weights"]), ("mixture", summary["mixture"])):
+        if path is not None:
+            print(f"{label}: {path}")
+    if summary["tokens"] is not None:
+        print(f"tokens:  {summary['tokens']['drawn_tokens']:,} drawn of {summary['tokens']['token_budget']:,}")
+    print(f"pictures: {'  '.join(summary['pictures'])}")
+    print("next:")
+    for command in next_commands(summary):
+        print(f"  {command}")
+
+
+def _print_planted(directory: Any) -> None:
+    from rich.console import Console
+
+    from doremi_mix.demo import planted_table
+    from doremi_mix.stages.weights import read_weights
+
+    Console(highlight=False).print(planted_table(read_weights(directory).domain_weights))
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()

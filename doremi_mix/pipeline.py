@@ -1,0 +1,168 @@
+"""A run from its settings to its result: what the command line and ``learn`` in Python share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from doremi_mix.config import Config, apply_overrides, dump_yaml, merge, parse_config
+from doremi_mix.distributed import Processes, join_processes
+from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
+from doremi_mix.progress import Narrator, format_seconds
+from doremi_mix.run import RunDirectory
+from doremi_mix.sources.files import find_files
+from doremi_mix.stages import run_pipeline
+from doremi_mix.stages.load import list_sources
+from doremi_mix.types import DomainWeights
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRun:
+    """A run that is ready to work: locked, its configuration resolved and stored."""
+
+    run: RunDirectory
+    config: Config
+    narrator: Narrator
+    processes: Processes
+
+
+def learn(
+    sources: PathLike | Sequence[PathLike],
+    run_dir: PathLike = "runs/learn",
+    *,
+    token_budget: int | None = None,
+    quiet: bool = False,
+    **settings: Mapping[str, Any],
+) -> DomainWeights:
+    """Learns domain weights for some files, and draws the mixture when there is a token budget.
+
+    Each file is a domain, named by its stem; a folder gives one domain per file.  A run that was interrupted goes on, and
+    one that finished is read back.
+
+    Args:
+        sources: files and folders.
+        run_dir: where the run keeps everything that it makes; see DESIGN's table of artifacts in the README.
+        token_budget: tokens to draw into ``<run_dir>/mixture/mixture.jsonl``; None draws none.
+        quiet: print nothing.
+        settings: sections of the configuration, for example ``proxy={"steps": 200}, tokenize={"seed": 1}``.
+
+    Returns:
+        The weights, as in ``<run_dir>/weights/domain_weights.json``.
+
+    Raises:
+        DoremiMixError: anything that the caller can fix; the message says how.
+    """
+    from doremi_mix.stages.weights import read_weights
+
+    paths = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    given = merge(given_sources([Path(path) for path in paths]), settings)
+    if token_budget is not None:
+        given = merge(given, {"mixture": {"token_budget": token_budget}})
+    with open_run(Path(run_dir), given, quiet=quiet) as opened:
+        announce(opened)
+        run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
+        return read_weights(opened.run)
+
+
+def given_sources(paths: Sequence[Path]) -> dict[str, Any]:
+    """Returns the settings that name the files, each one a domain.
+
+    Raises:
+        SourceNotFoundError: a path does not exist.
+        DataError: a folder holds no data, or two files would have the same name.
+    """
+    return {"sources": [{"path": str(path.resolve())} for path in find_files(paths)]}
+
+
+def settings_from(
+    base: Mapping[str, Any], overrides: Iterable[str] = (), token_budget: int | None = None
+) -> dict[str, Any]:
+    """Returns settings with those of the command line on top."""
+    data = apply_overrides(base, overrides)
+    if token_budget is not None:
+        data = merge(data, {"mixture": {"token_budget": token_budget}})
+    return data
+
+
+def resolve(given: Mapping[str, Any], run: RunDirectory, where: str = "config") -> tuple[Config, str]:
+    """Validates settings and chooses what is left open.
+
+    Args:
+        given: the settings.
+        run: when it was started before, choices are made for the hardware that it was started on.
+        where: what to name in an error.
+
+    Returns:
+        The configuration without choices left, and the kind of hardware.
+    """
+    config = parse_config(given, where=where)
+    num_domains = len(list_sources(config))
+    hardware = run.describe()["hardware"] if run.exists() else detect_hardware()
+    return choose(config, num_domains, hardware), hardware
+
+
+@contextlib.contextmanager
+def open_run(path: Path, given: Mapping[str, Any], *, quiet: bool = False, where: str = "config") -> Iterator[OpenRun]:
+    """Prepares a run: validates, locks the folder against a second process, stores the configuration.
+
+    Raises:
+        ConfigError: a setting is wrong; nothing was written.
+        RunDirectoryError: the folder is in use or is something else.
+    """
+    run = RunDirectory(path)
+    config, hardware = resolve(given, run, where)
+    processes = join_processes()
+    narrator = Narrator(quiet=quiet or not processes.is_main)
+    # All processes have looked at the folder before the first one writes into it.
+    processes.wait()
+    with run.lock() if processes.is_main else contextlib.nullcontext():
+        if processes.is_main:
+            run.save(given, hardware, dump_yaml(config.model_dump(mode="json", by_alias=True)))
+        processes.wait()
+        yield OpenRun(run, config, narrator, processes)
+
+
+def describe_plan(config: Config, hardware: str) -> list[str]:
+    """Says in a few lines what was chosen, and what it will take (measured)."""
+    from doremi_mix.models import TokenInfo
+
+    names = [source.name for source in list_sources(config)]
+    reference, proxy, tokenize = config.reference, config.proxy, config.tokenize
+    assert tokenize.vocab_size and tokenize.context_length and proxy.batch_size
+    tokens = TokenInfo(tokenize.vocab_size, 1, 0)
+    if tokenize.tokenizer is not None:
+        from doremi_mix.tokenizer import load_tokenizer
+
+        loaded = load_tokenizer(tokenize.tokenizer, trust_remote_code=tokenize.trust_remote_code)
+        tokens = TokenInfo(loaded.vocab_size, loaded.end_id, loaded.pad_id)
+    cost = estimate(config, tokens)
+    size = f" ({cost.num_parameters / 1e6:.1f} M parameters)" if cost.num_parameters else ""
+    parts = accumulation(proxy, tokenize.context_length, 1)
+    lines = [
+        f"plan: {len(names)} domains on {hardware} ({os.cpu_count()} cores)",
+        f"  model {proxy.model}{size}, sequences of {tokenize.context_length} tokens, vocabulary {tokens.vocab_size:,}",
+        f"  reference {reference.steps} steps of {reference.batch_size} sequences, then proxy {proxy.steps} steps of "
+        f"{proxy.batch_size}" + (f" in {parts} micro-batches" if parts > 1 else ""),
+    ]
+    if cost.seconds:
+        shares = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in cost.seconds.items())
+        lines.append(f"  training will take about {format_seconds(sum(cost.seconds.values()))} ({shares})")
+    else:
+        lines.append("  training time: unknown for this model; the progress line will tell")
+    return lines
+
+
+def announce(opened: OpenRun) -> None:
+    """Says what was chosen and how long it will take, unless everything is trained already."""
+    if not opened.processes.is_main or all(
+        opened.run.manifest(stage) for stage in ("reference", "reference_losses", "proxy")
+    ):
+        return
+    for line in describe_plan(opened.config, opened.run.describe()["hardware"]):
+        opened.narrator.say(line)

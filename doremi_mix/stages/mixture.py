@@ -1,0 +1,182 @@
+"""Stage mixture: draw the training set under the token budget.
+
+Writes ``mixture.jsonl`` (the input rows, unchanged, plus their domain), ``ratio.json`` (the contest's form) and
+``allocation.json`` (what was asked for and what was drawn).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_mix.config import Config
+from doremi_mix.errors import ConfigError
+from doremi_mix.mixture import allocate, draw_examples, mixture_order
+from doremi_mix.progress import Tracker
+from doremi_mix.run import RunDirectory, write_json
+from doremi_mix.stages import StageContext
+from doremi_mix.stages.load import read_rows
+from doremi_mix.stages.training import available_tokens, open_store
+from doremi_mix.stages.weights import read_weights
+from doremi_mix.store import TokenStore
+from doremi_mix.types import Allocation
+
+BUCKET_ROWS = 200_000
+"""Rows that are shuffled in memory at a time; a larger mixture goes through temporary files."""
+
+DOMAIN_KEY = "domain"
+OTHER_DOMAIN_KEY = "doremi_mix_domain"
+
+
+def check_budget(config: Config, run: RunDirectory) -> None:
+    """Raises BudgetError when no weights could meet the budget, before anything is trained."""
+    assert config.mixture.token_budget is not None
+    available = available_tokens(open_store(run))
+    uniform = dict.fromkeys(available, 1 / len(available))
+    allocate(uniform, available, config.mixture.token_budget, config.mixture.max_epochs)
+
+
+def run(context: StageContext) -> str:
+    """Draws the mixture; returns one line about it."""
+    config = context.config.mixture
+    if config.token_budget is None:
+        raise ConfigError("mixture.token_budget is missing; give it, for example: --set mixture.token_budget=1000000")
+    store = open_store(context.run)
+    weights = read_weights(context.run).domain_weights
+    allocation = allocate(weights, available_tokens(store), config.token_budget, config.max_epochs)
+    draws = draw_domains(store, allocation, config.seed)
+    positions = mixture_order([len(rows) for rows, _ in draws.values()], config.seed)
+    load_folder = context.run.stage_path("load")
+    key = DOMAIN_KEY
+    with context.narrator.track("mixture", len(positions), "rows") as tracker:
+        if not _write(context.folder, load_folder, draws, positions, key, tracker):
+            key = OTHER_DOMAIN_KEY
+            _write(context.folder, load_folder, draws, positions, key, tracker)
+            context.narrator.say(f'  some rows have a "{DOMAIN_KEY}" of their own; the domain is written as "{key}"')
+    drawn = {name: tokens for name, (_, tokens) in draws.items()}
+    total = sum(drawn.values())
+    write_json(context.folder / "ratio.json", {f"{name}.jsonl": tokens / total for name, tokens in drawn.items()})
+    write_json(context.folder / "allocation.json", _describe(allocation, draws, weights, key, context.config.tokenize.max_example_tokens))
+    return f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {context.folder / 'mixture.jsonl'}"
+
+
+def draw_domains(store: TokenStore, allocation: Allocation, seed: int) -> dict[str, tuple[NDArray[np.int64], int]]:
+    """Draws each domain's share from its training examples.
+
+    Returns:
+        By domain, the rows drawn (indices into the loaded domain, in draw order) and their tokens.
+    """
+    draws = {}
+    for domain_id, name in enumerate(store.domains):
+        documents = store.document_ids(domain_id)
+        tokens = store.example_tokens[documents.start : documents.stop]
+        trainable = np.flatnonzero(~store.example_held_out[documents.start : documents.stop])
+        drawn = trainable[draw_examples(tokens[trainable], allocation.tokens[name], seed, name)]
+        draws[name] = (drawn, int(tokens[drawn].sum()))
+    return draws
+
+
+def _write(
+    folder: Path,
+    load_folder: Path,
+    draws: dict[str, tuple[NDArray[np.int64], int]],
+    positions: NDArray[np.int64],
+    key: str,
+    tracker: Tracker,
+) -> bool:
+    """Writes the rows in the order of their positions; False, with nothing written, when a row already has the key.
+
+    Rows are read once, in file order, and dropped into buckets of consecutive positions, each of which fits in memory.
+    """
+    num_buckets = max(1, -(-len(positions) // BUCKET_ROWS))
+    paths = [folder / f".bucket-{i}.tmp" for i in range(num_buckets)]
+    buckets: list[IO[bytes]] = [path.open("wb") for path in paths]
+    try:
+        start = 0
+        for name, (rows, _) in draws.items():
+            targets = positions[start : start + len(rows)]
+            start += len(rows)
+            for position, text in _rows_at(load_folder, name, rows, targets):
+                line = _with_domain(text, key, name)
+                if line is None:
+                    return False
+                buckets[position // BUCKET_ROWS].write(b"%d\t%s\n" % (position, line))
+                tracker.advance(1)
+        for file in buckets:
+            file.close()
+        temporary = folder / ".mixture.jsonl.tmp"
+        with temporary.open("wb") as out:
+            for path in paths:
+                with path.open("rb") as file:
+                    numbered = (line.split(b"\t", 1) for line in file)
+                    out.writelines(text for _, text in sorted((int(number), text) for number, text in numbered))
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(folder / "mixture.jsonl")
+        return True
+    finally:
+        for file, path in zip(buckets, paths, strict=True):
+            file.close()
+            path.unlink()
+
+
+def _rows_at(
+    load_folder: Path, name: str, rows: NDArray[np.int64], targets: NDArray[np.int64]
+) -> Iterator[tuple[int, str]]:
+    """Yields (position in the mixture, row) for the drawn rows of a domain, in file order."""
+    order = np.argsort(rows, kind="stable")
+    sorted_rows, sorted_targets = rows[order], targets[order]
+    first = 0
+    for texts in read_rows(load_folder, name):
+        low, high = np.searchsorted(sorted_rows, [first, first + len(texts)])
+        for row, target in zip(sorted_rows[low:high].tolist(), sorted_targets[low:high].tolist(), strict=True):
+            yield target, texts[row - first]
+        first += len(texts)
+
+
+def _with_domain(text: str, key: str, name: str) -> bytes | None:
+    """Adds the domain as the last key of a row, whose other bytes stay as they are; None if the row has the key."""
+    quoted = json.dumps(key)
+    # A cheap look first: most rows do not hold the word at all.
+    if quoted in text and key in json.loads(text):
+        return None
+    body = text[:-1].rstrip()
+    comma = "" if body == "{" else ","
+    return f"{body}{comma}{quoted}:{json.dumps(name, ensure_ascii=False)}}}".encode()
+
+
+def _describe(
+    allocation: Allocation,
+    draws: dict[str, tuple[NDArray[np.int64], int]],
+    weights: Mapping[str, float],
+    key: str,
+    max_example_tokens: int | None,
+) -> dict[str, Any]:
+    total = sum(tokens for _, tokens in draws.values())
+    return {
+        "unit": "tokens, after the prompt template and with the end token"
+        + (f", cut at {max_example_tokens}" if max_example_tokens else ", examples whole"),
+        "token_budget": allocation.budget,
+        "max_epochs": allocation.max_epochs,
+        "drawn_tokens": total,
+        "capped_domains": list(allocation.capped),
+        "domain_key": key,
+        "domains": {
+            name: {
+                "weight": weights[name],
+                "available_tokens": allocation.available_tokens[name],
+                "allocated_tokens": allocation.tokens[name],
+                "drawn_tokens": tokens,
+                "drawn_rows": len(rows),
+                "epochs": tokens / allocation.available_tokens[name],
+                "share": tokens / total,
+            }
+            for name, (rows, tokens) in draws.items()
+        },
+    }

@@ -1,0 +1,49 @@
+"""Stage proxy: train the proxy model with group DRO, which moves the domain weights.
+
+Writes ``trajectory.jsonl`` (one line per update, see ``types.TrajectoryPoint``), ``average.json`` (the mean of alpha_1 to
+alpha_T), ``model/`` and ``metrics.json`` (held-out loss per domain).
+"""
+
+from __future__ import annotations
+
+from doremi_mix.dro import average_weights
+from doremi_mix.models import build_model, num_parameters
+from doremi_mix.run import write_json
+from doremi_mix.stages import StageContext
+from doremi_mix.stages.reference_losses import ReferenceLosses
+from doremi_mix.stages.training import (
+    held_out_losses,
+    open_store,
+    proxy_schedule,
+    save_model,
+    token_info,
+    train_model,
+    write_metrics,
+)
+from doremi_mix.train import GroupDROObjective
+
+
+def run(context: StageContext) -> str:
+    """Trains the proxy model; returns one line about it."""
+    section = context.config.proxy
+    store = open_store(context.run)
+    schedule = proxy_schedule(context.config, store)
+    model = build_model(
+        str(section.model),
+        token_info(context.run),
+        store.context_length,
+        section.seed,
+        trust_remote_code=section.trust_remote_code,
+    )
+    objective = GroupDROObjective(store.domains, step_size=section.step_size, smoothing=section.smoothing)
+    losses = ReferenceLosses(context.run.stage_path("reference_losses"))
+    accelerator = train_model(context, section, model, objective, schedule, "trajectory.jsonl", losses.read)
+    save_model(model, context.folder, accelerator)
+    held_out = held_out_losses(store, model, accelerator)
+    if context.processes.is_main:
+        average_K = average_weights(objective.dro).tolist()
+        write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))
+        write_metrics(context.folder / "metrics.json", held_out, schedule, store.domains, num_parameters(model))
+        top = max(range(len(average_K)), key=average_K.__getitem__)
+        return f"largest average weight {average_K[top]:.3f} on {store.domains.names[top]}"
+    return ""

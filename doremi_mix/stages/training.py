@@ -1,0 +1,207 @@
+"""What the stages reference, reference_losses and proxy share: their model, schedule, and held-out losses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from doremi_mix.batches import Schedule
+from doremi_mix.config import Config, TrainingConfig
+from doremi_mix.errors import ConfigError
+from doremi_mix.evaluation import score_sequences, summarize_losses
+from doremi_mix.mixture import natural_weights
+from doremi_mix.models import TokenInfo, TokenLossModel
+from doremi_mix.plan import accumulation
+from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.stages import StageContext
+from doremi_mix.store import Split, TokenStore
+from doremi_mix.train import Objective, TrainingPlan, counted, forward, load_batch, to_device, train
+from doremi_mix.types import Domains, DomainLoss
+
+SCORE_TOKENS = 16_384
+"""Tokens in one forward pass without gradient."""
+
+
+def open_store(run: RunDirectory) -> TokenStore:
+    """Opens what the tokenize stage wrote."""
+    return TokenStore(run.stage_path("tokenize"))
+
+
+def token_info(run: RunDirectory) -> TokenInfo:
+    """Returns what a model must know of the run's tokenizer."""
+    tokenizer = read_json(run.stage_path("tokenize") / "tokenizer.json")
+    return TokenInfo(tokenizer["vocab_size"], tokenizer["end_id"], tokenizer["pad_id"])
+
+
+def available_tokens(store: TokenStore) -> dict[str, int]:
+    """Returns what one pass over each domain's training examples gives to a token budget."""
+    return dict(zip(store.domains, store.available_tokens, strict=True))
+
+
+def sequence_ids(store: TokenStore, split: Split) -> list[NDArray[np.int64]]:
+    """Returns the ids of each domain's sequences in a split."""
+    ranges = [store.sequence_ids(domain_id, split) for domain_id in range(len(store.domains))]
+    return [np.arange(ids.start, ids.stop) for ids in ranges]
+
+
+def reference_weights(config: Config, store: TokenStore) -> dict[str, float]:
+    """Returns what the reference model is trained with, by domain; sums to 1.
+
+    Raises:
+        ConfigError: given weights miss a domain, name an unknown one, or are not positive numbers.
+    """
+    wanted = config.reference.weights
+    names = store.domains.names
+    if wanted == "natural":
+        return natural_weights(available_tokens(store))
+    if wanted == "uniform":
+        return dict.fromkeys(names, 1 / len(names))
+    assert isinstance(wanted, dict)
+    for name in set(wanted) ^ set(names):
+        problem = "is missing from" if name in names else "is no domain, but stands in"
+        raise ConfigError(f"reference.weights: {name!r} {problem} the weights; give one weight to each of {list(names)}")
+    for name, weight in wanted.items():
+        if not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(f"reference.weights: the weight of {name!r} must be a positive number, got {weight}")
+    total = math.fsum(wanted.values())
+    return {name: wanted[name] / total for name in names}
+
+
+def make_schedule(store: TokenStore, weights: dict[str, float], section: TrainingConfig) -> Schedule:
+    """Plans which sequences a training run draws."""
+    assert section.batch_size and section.steps
+    weights_K = np.array([weights[name] for name in store.domains])
+    return Schedule(sequence_ids(store, "train"), weights_K, section.batch_size, section.steps, section.seed)
+
+
+def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
+    """Plans the proxy's draws: uniform over domains, every domain in every batch.
+
+    Raises:
+        ConfigError: the batch has fewer sequences than there are domains.
+    """
+    num_domains = len(store.domains)
+    assert config.proxy.batch_size
+    if config.proxy.batch_size < num_domains:
+        raise ConfigError(
+            f"proxy.batch_size is {config.proxy.batch_size}, fewer than the {num_domains} domains, each of which must be "
+            f"in every batch; raise it to {num_domains} or more"
+        )
+    return make_schedule(store, dict.fromkeys(store.domains, 1 / num_domains), config.proxy)
+
+
+def train_model(
+    context: StageContext,
+    section: TrainingConfig,
+    model: TokenLossModel,
+    objective: Objective,
+    schedule: Schedule,
+    log_name: str,
+    reference_losses: Any = None,
+) -> Any:
+    """Trains the stage's model and returns the Accelerator.
+
+    Args:
+        context: of the stage.
+        section: its settings.
+        model: freshly built.
+        objective: what a step minimizes.
+        schedule: its draws.
+        log_name: one line per step.
+        reference_losses: from sequence ids to the reference model's losses [B, T]; None for plain training.
+    """
+    store = open_store(context.run)
+    stage = context.folder.name
+
+    def read(ids: NDArray[np.int64]) -> dict[str, Tensor]:
+        batch = load_batch(store, ids)
+        if reference_losses is not None:
+            batch["reference_loss_BT"] = torch.from_numpy(reference_losses(ids))
+        return batch
+
+    assert section.steps and section.batch_size and section.learning_rate and section.checkpoint_every
+    plan = TrainingPlan(
+        stage=stage,
+        steps=section.steps,
+        learning_rate=section.learning_rate,
+        warmup_share=section.warmup_share,
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        gradient_accumulation_steps=accumulation(section, store.context_length, context.processes.count),
+        checkpoint_every=section.checkpoint_every,
+    )
+    total = section.steps * section.batch_size * store.context_length
+    with context.narrator.track(stage, total, "tokens") as tracker:
+        return train(model, objective, schedule, read, plan, context.folder, log_name, tracker)
+
+
+def save_model(model: TokenLossModel, folder: Path, accelerator: Any) -> None:
+    """Writes the trained model in Hugging Face layout, by the first process."""
+    if accelerator.is_main_process:
+        target = folder / "model"
+        shutil.rmtree(target, ignore_errors=True)
+        model.model.save_pretrained(str(target))
+    accelerator.wait_for_everyone()
+
+
+def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) -> dict[str, DomainLoss]:
+    """Scores every held-out sequence and returns the loss per domain; a domain without any is left out."""
+    ids_by_domain = sequence_ids(store, "held_out")
+    all_ids = np.concatenate(ids_by_domain)
+
+    def score(ids: NDArray[np.int64]) -> Tensor:
+        batch = to_device(load_batch(store, ids), accelerator.device)
+        with accelerator.autocast():
+            loss_BT = forward(model, batch)
+        return torch.stack([loss_BT.double().sum(1), counted(batch).sum(1).double()], dim=1)
+
+    batch_size = max(1, SCORE_TOKENS // store.context_length)
+    mine = score_sequences(all_ids, score, batch_size, accelerator.process_index, accelerator.num_processes)
+    scores_N2 = accelerator.reduce(torch.from_numpy(mine).to(accelerator.device), "sum").cpu().numpy()
+    losses = {}
+    start = 0
+    for name, ids in zip(store.domains, ids_by_domain, strict=True):
+        part_N2 = scores_N2[start : start + len(ids)]
+        start += len(ids)
+        if len(ids):
+            losses[name] = summarize_losses(part_N2[:, 0], part_N2[:, 1])
+    return losses
+
+
+def write_metrics(
+    path: Path, losses: dict[str, DomainLoss], schedule: Schedule, domains: Domains, num_parameters: int
+) -> float:
+    """Writes held-out losses and epochs per domain; returns the average of the losses over domains, in nats per token."""
+    average = math.fsum(loss.loss for loss in losses.values()) / len(losses) if losses else math.nan
+    write_json(
+        path,
+        {
+            "num_parameters": num_parameters,
+            "held_out_loss_average": _number(average),
+            "held_out_loss": {
+                name: {key: _number(value) for key, value in asdict(loss).items()} for name, loss in losses.items()
+            },
+            "epochs": dict(zip(domains, schedule.epochs().tolist(), strict=True)),
+        },
+    )
+    return average
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Reads a log of JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,58 @@
+"""What a finished run has to say: the rows of the closing table and the next commands to type."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from doremi_mix.mixture import natural_weights
+from doremi_mix.report.table import make_rows
+from doremi_mix.run import RunDirectory, read_json
+from doremi_mix.stages.training import available_tokens, open_store, read_log
+from doremi_mix.stages.weights import WEIGHTS_FILE, read_weights
+
+
+def summarize(run: RunDirectory) -> dict[str, Any]:
+    """Collects the result of a run for ``--json`` and for the table.
+
+    Returns:
+        ``run_dir``, ``domain_weights`` (the file), ``pictures``, ``mixture`` (the file or None), ``tokens`` (budget and
+        drawn, or None), ``held_out_loss`` (average of reference and proxy) and ``domains`` (rows of the table).
+    """
+    available = available_tokens(open_store(run))
+    weights = run.stage_path("weights")
+    mixture = run.stage_path("mixture")
+    allocation = read_json(mixture / "allocation.json") if run.manifest("mixture") else None
+    rows = make_rows(
+        natural_weights(available),
+        dict(read_weights(run).domain_weights),
+        read_log(run.stage_path("proxy") / "trajectory.jsonl"),
+        available,
+        allocation,
+    )
+    return {
+        "run_dir": str(run.path),
+        "domain_weights": str(weights / WEIGHTS_FILE),
+        "pictures": [str(weights / "weights.png"), str(weights / "trajectory.png")],
+        "mixture": str(mixture / "mixture.jsonl") if allocation else None,
+        "tokens": {key: allocation[key] for key in ("token_budget", "drawn_tokens")} if allocation else None,
+        "held_out_loss": {
+            stage: read_json(run.stage_path(stage) / "metrics.json")["held_out_loss_average"]
+            for stage in ("reference", "proxy")
+        },
+        "domains": rows,
+    }
+
+
+def next_commands(summary: dict[str, Any]) -> list[str]:
+    """Returns what to type next, each with a word on why."""
+    run_dir = shlex.quote(summary["run_dir"])
+    commands = [f"doremi-mix status --run-dir {run_dir}"]
+    if summary["mixture"] is None:
+        commands.insert(
+            0, f"doremi-mix mixture --run-dir {run_dir} --set mixture.token_budget=1000000   # draw the training set"
+        )
+    else:
+        commands.insert(0, f"head -n 3 {shlex.quote(summary['mixture'])}   # the training set")
+    commands.append(f"doremi-mix proxy --run-dir {run_dir} --set proxy.seed=1   # another draw: how stable are the weights?")
+    return commands

@@ -1,0 +1,94 @@
+"""Run directories: atomic files, fingerprints, locks."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from doremi_mix.errors import RunDirectoryError
+from doremi_mix.run import MANIFEST, STARTED, RunDirectory, fingerprint, write_atomic, write_json
+
+
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_fingerprint_ignores_the_order_of_keys_and_sees_every_value():
+    assert fingerprint({"a": 1, "b": [1, 2]}) == fingerprint({"b": [1, 2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 1.5})
+    assert fingerprint({"a": [1, 2]}) != fingerprint({"a": [2, 1]})
+
+
+def test_begin_keeps_partial_work_of_the_same_fingerprint_only(tmp_path):
+    run = RunDirectory(tmp_path)
+    folder = run.begin("proxy", "f1", resumable=True)
+    (folder / "checkpoint.pt").write_text("partial")
+    assert (run.begin("proxy", "f1", resumable=True) / "checkpoint.pt").exists()
+    assert not (run.begin("proxy", "f2", resumable=True) / "checkpoint.pt").exists()
+    (folder / "half.json").write_text("partial")
+    assert not (run.begin("proxy", "f2", resumable=False) / "half.json").exists()
+    assert sorted(path.name for path in folder.iterdir()) == [STARTED]
+
+
+def test_a_finished_stage_is_wiped_before_it_is_made_again(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.begin("proxy", "f1", resumable=True)
+    run.finish("proxy", "f1", {"seconds": 1})
+    manifest = run.manifest("proxy")
+    assert manifest == {"stage": "proxy", "fingerprint": "f1", "seconds": 1}
+    folder = run.begin("proxy", "f1", resumable=True)
+    assert run.manifest("proxy") is None
+    assert not (folder / MANIFEST).exists()
+
+
+def _hold(path, locked, release):
+    with RunDirectory(path).lock():
+        locked.set()
+        release.wait(30)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    locked, release = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path / "run", locked, release))
+    process.start()
+    assert locked.wait(60)
+    with pytest.raises(RunDirectoryError) as caught, RunDirectory(tmp_path / "run").lock():
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'}: another doremi-mix process is working here; wait for it or choose another --run-dir"
+    )
+    release.set()
+    process.join()
+    with RunDirectory(tmp_path / "run").lock():
+        pass
+
+
+def test_other_folders_are_not_taken_over(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirectoryError) as caught:
+        RunDirectory(tmp_path).exists()
+    assert str(caught.value) == f"{tmp_path}: is not empty and not a run directory; choose another --run-dir"
+    with pytest.raises(RunDirectoryError, match=r"thesis.tex: is a file; choose another --run-dir"):
+        RunDirectory(tmp_path / "thesis.tex").exists()
+    with pytest.raises(RunDirectoryError, match=r"nothing: no run was started here; start one with: doremi-mix learn"):
+        RunDirectory(tmp_path / "nothing").describe()
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.begin("load", "f", resumable=False)
+    (tmp_path / "load" / MANIFEST).write_text("{half")
+    with pytest.raises(RunDirectoryError, match=r"load/manifest.json: is not JSON .*; delete the stage's folder and run"):
+        run.manifest("load")
+
+
+def test_json_is_for_people(tmp_path):
+    write_json(tmp_path / "a.json", {"水": 1})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "水": 1\n}\n'
+    assert json.loads((tmp_path / "a.json").read_text()) == {"水": 1}
