@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 def plan_domain_counts(weights_K: NDArray[np.float64], batch_size: int, num_steps: int) -> NDArray[np.int64]:
     """Splits every batch over the domains so that the running totals follow the weights as closely as integers can.
 
-    A domain gets ``floor(weight * B)`` sequences in every batch; the sequences that are left go, one each, to the domains
-    whose fractions have added up to the largest debt so far.  With uniform weights and ``B >= K``, every domain is in
-    every batch.
+    A domain gets ``floor(weight * B)`` sequences in every batch; the sequences that are left go, one each, to the
+    domains whose fractions have added up to the largest debt so far.  With uniform weights and ``B >= K``, every domain
+    is in every batch.
 
     Args:
         weights_K: weights on the simplex.
@@ -45,8 +45,8 @@ def plan_domain_counts(weights_K: NDArray[np.float64], batch_size: int, num_step
 class Schedule:
     """Sequence ids for each step.
 
-    The n-th draw from a domain is a pure function of (seed, domain id, n): epochs over the domain's sequences, each in a
-    fresh order.  So a resumed run, or one with more processes, sees the same sequences.
+    The n-th draw from a domain is a pure function of (seed, domain id, n): epochs over the domain's sequences, each in
+    a fresh order.  So a resumed run, or one with more processes, sees the same sequences.
     """
 
     def __init__(

@@ -249,7 +249,10 @@ def _print_result(directory: Any, *, as_json: bool) -> None:
     console.print()
     console.print(render_table(summary["domains"], "Domain weights (shares of tokens)"))
     losses = summary["held_out_loss"]
-    print(f"held-out loss, average over domains: reference {losses['reference']:.3f}, proxy {losses['proxy']:.3f} nats/token")
+    print(
+        f"held-out loss, average over domains: reference {losses['reference']:.3f}, proxy {losses['proxy']:.3f} "
+        "nats per token"
+    )
     print("(the proxy's own loss does not judge the mixture: reweighting is not resampling)")
     for label, path in (("weights", summary["domain_weights"]), ("mixture", summary["mixture"])):
         if path is not None:

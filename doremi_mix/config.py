@@ -1,12 +1,13 @@
 """Every setting of every stage on one page, and the YAML loader.
 
-A setting sits in the section of the stage that it changes, so that the stage's fingerprint sees it.  ``null`` means: chosen
-by ``plan.choose`` for the hardware and the data; the run directory keeps what was chosen.
+A setting sits in the section of the stage that it changes, so that the stage's fingerprint sees it.  ``null`` means:
+chosen by ``plan.choose`` for the hardware and the data; the run directory keeps what was chosen.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,10 +42,10 @@ class SourceConfig(Section):
     """One file; it makes one domain."""
 
     path: str = Field(description="the file: .json, .jsonl or .parquet, also .gz or .zst; relative to data_root")
-    name: str | None = Field(None, description="the domain's name; null: the file's stem")
-    format: Literal["json", "jsonl", "parquet"] | None = Field(None, description="null: detected")
+    name: str | None = Field(default=None, description="the domain's name; null: the file's stem")
+    format: Literal["json", "jsonl", "parquet"] | None = Field(default=None, description="null: detected")
     schema_: Literal["alpaca", "chat", "text"] | None = Field(
-        None, alias="schema", description="how to read a row; null: detected from the columns"
+        default=None, alias="schema", description="how to read a row; null: detected from the columns"
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="which column plays which part, for example {instruction: prompt}"
@@ -55,7 +56,7 @@ class LoadConfig(Section):
     """Stage load: read every source into one schema."""
 
     max_rejected_share: Share = Field(
-        0.5, description="stop when a larger share of one source's rows is rejected (empty answers count)"
+        default=0.5, description="stop when a larger share of one source's rows is rejected (empty answers count)"
     )
 
 
@@ -63,55 +64,65 @@ class TokenizeConfig(Section):
     """Stage tokenize: text to packed sequences, and the held-out split."""
 
     tokenizer: str | None = Field(
-        None,
+        default=None,
         description="folder, tokenizer.json, SentencePiece .model or hub name (best: the main model's own); "
         "null: a byte-level BPE trained on the data",
     )
-    trust_remote_code: bool = Field(False, description="let a hub tokenizer run its own code")
-    vocab_size: PositiveInt | None = Field(None, description="of the trained BPE; null: by the model preset")
-    bpe_sample_megabytes: PositiveInt = Field(32, description="how much text the BPE is trained on, evenly over domains")
+    trust_remote_code: bool = Field(default=False, description="let a hub tokenizer run its own code")
+    vocab_size: PositiveInt | None = Field(default=None, description="of the trained BPE; null: by the model preset")
+    bpe_sample_megabytes: PositiveInt = Field(
+        default=32, description="how much text the BPE is trained on, evenly over domains"
+    )
     context_length: Annotated[int, Field(ge=8)] | None = Field(
-        None, description="tokens in a packed sequence of the reference and proxy model; null: by the hardware"
+        default=None, description="tokens in a packed sequence of the reference and proxy model; null: by the hardware"
     )
     max_example_tokens: Annotated[int, Field(ge=2)] | None = Field(
-        None,
+        default=None,
         description="where the main model's trainer will cut an example: tokens beyond it are not counted as available "
         "or drawn (the BetterMixture contest: 1024); null: examples are counted whole",
     )
-    preamble: str | None = Field(None, description="the prompt template's first sentence; null: the contest's (Alpaca)")
+    preamble: str | None = Field(
+        default=None, description="the prompt template's first sentence; null: the contest's (Alpaca)"
+    )
     turn: str | None = Field(
-        None, description="the template of one turn, with {query}; the answer follows it; null: the contest's"
+        default=None, description="the template of one turn, with {query}; the answer follows it; null: the contest's"
     )
     held_out_fraction: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="share of each domain's examples that is never trained on, to measure loss"
+        default=0.05, description="share of each domain's examples that is never trained on, to measure loss"
     )
-    held_out_max_examples: PositiveInt = Field(500, description="at most so many held-out examples in a domain")
-    seed: Seed = Field(0, description="of the held-out split")
+    held_out_max_examples: PositiveInt = Field(default=500, description="at most so many held-out examples in a domain")
+    seed: Seed = Field(default=0, description="of the held-out split")
 
 
 class TrainingConfig(Section):
     """What reference and proxy training share."""
 
     model: str | None = Field(
-        None,
-        description="a preset (tiny, small, 120m, 280m), a Hugging Face config.json, or a checkpoint (folder or hub name); "
-        "null: by the hardware",
+        default=None,
+        description="a preset (tiny, small, 120m, 280m), a Hugging Face config.json, or a checkpoint "
+        "(folder or hub name); null: by the hardware",
     )
-    trust_remote_code: bool = Field(False, description="let a hub model run its own code")
-    steps: PositiveInt | None = Field(None, description="optimizer steps; null: by the hardware")
+    trust_remote_code: bool = Field(default=False, description="let a hub model run its own code")
+    steps: PositiveInt | None = Field(default=None, description="optimizer steps; null: by the hardware")
     batch_size: PositiveInt | None = Field(
-        None, description="sequences in a step, over all processes; null: two per domain or more"
+        default=None, description="sequences in a step, over all processes; null: two per domain or more"
     )
-    learning_rate: PositiveFloat | None = Field(None, description="peak, AdamW; null: by the model")
-    warmup_share: Share = Field(0.05, description="share of the steps in which the learning rate rises; then cosine to 10 %")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="AdamW's, on matrices")
-    max_grad_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
-    seed: Seed = Field(0, description="of the initialization and of the order of the data")
+    learning_rate: PositiveFloat | None = Field(default=None, description="peak, AdamW; null: by the model")
+    warmup_share: Share = Field(
+        default=0.05, description="share of the steps in which the learning rate rises; then cosine to 10 %"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.01, description="AdamW's, on matrices")
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="gradients are clipped to this norm")
+    seed: Seed = Field(default=0, description="of the initialization and of the order of the data")
     gradient_accumulation_steps: PositiveInt | None = Field(
-        None, json_schema_extra=_SPEED_ONLY, description="micro-batches in a step and process; null: by the memory"
+        default=None,
+        json_schema_extra=_SPEED_ONLY,
+        description="micro-batches in a step and process; null: by the memory",
     )
     checkpoint_every: PositiveInt | None = Field(
-        None, json_schema_extra=_SPEED_ONLY, description="steps between checkpoints; null: twenty checkpoints in all"
+        default=None,
+        json_schema_extra=_SPEED_ONLY,
+        description="steps between checkpoints; null: twenty checkpoints in all",
     )
 
 
@@ -119,7 +130,8 @@ class ReferenceConfig(TrainingConfig):
     """Stage reference: a plain language model on the reference weights."""
 
     weights: Literal["natural", "uniform"] | dict[str, float] = Field(
-        "natural", description="natural (each domain's share of the available tokens), uniform, or {domain: weight}"
+        default="natural",
+        description="natural (each domain's share of the available tokens), uniform, or {domain: weight}",
     )
 
     @field_validator("weights", mode="before")
@@ -133,32 +145,36 @@ class ReferenceConfig(TrainingConfig):
 class ProxyConfig(TrainingConfig):
     """Stage proxy: group DRO.  Settings that are null are those of the reference model."""
 
-    method: Literal["doremi"] = Field("doremi", description="doremi: Algorithm 1 of the DoReMi paper")
-    step_size: PositiveFloat = Field(1.0, description="eta, the learning rate of the domain weights")
-    smoothing: Share = Field(1e-3, description="c, the share of the weights given back to uniform at each update")
+    method: Literal["doremi"] = Field(default="doremi", description="doremi: Algorithm 1 of the DoReMi paper")
+    step_size: PositiveFloat = Field(default=1.0, description="eta, the learning rate of the domain weights")
+    smoothing: Share = Field(
+        default=1e-3, description="c, the share of the weights given back to uniform at each update"
+    )
 
 
 class MixtureConfig(Section):
     """Stage mixture: draw the training set."""
 
     token_budget: PositiveInt | None = Field(
-        None, description="tokens to draw, after the template; null: no mixture is drawn"
+        default=None, description="tokens to draw, after the template; null: no mixture is drawn"
     )
-    max_epochs: PositiveFloat = Field(4.0, description="no domain is repeated more often than this")
-    seed: Seed = Field(0, description="of the draw and of the order")
+    max_epochs: PositiveFloat = Field(default=4.0, description="no domain is repeated more often than this")
+    seed: Seed = Field(default=0, description="of the draw and of the order")
 
 
 class Config(Section):
     """The whole configuration; sections are in the order of the stages."""
 
-    sources: tuple[SourceConfig, ...] = Field((), description="the files, each of which makes one domain")
-    catalog: str | None = Field(None, description="instead of sources: a known collection under data_root (bettermixture)")
-    data_root: str | None = Field(None, description="where relative paths start; null: the folder of this file")
-    load: LoadConfig = Field(default_factory=LoadConfig)
-    tokenize: TokenizeConfig = Field(default_factory=TokenizeConfig)
-    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    proxy: ProxyConfig = Field(default_factory=ProxyConfig)
-    mixture: MixtureConfig = Field(default_factory=MixtureConfig)
+    sources: tuple[SourceConfig, ...] = Field(default=(), description="the files, each of which makes one domain")
+    catalog: str | None = Field(
+        default=None, description="instead of sources: a known collection under data_root (bettermixture)"
+    )
+    data_root: str | None = Field(default=None, description="where relative paths start; null: the folder of this file")
+    load: LoadConfig = LoadConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    mixture: MixtureConfig = MixtureConfig()
 
 
 def parse_config(data: Mapping[str, Any], *, where: str = "config") -> Config:
@@ -169,7 +185,7 @@ def parse_config(data: Mapping[str, Any], *, where: str = "config") -> Config:
         where: what to name in an error, usually the file.
 
     Raises:
-        ConfigError: a key is unknown (with the nearest known one), or a value is of the wrong kind (key, expected, got).
+        ConfigError: a key is unknown (with the nearest known one), or a value is of the wrong kind.
     """
     try:
         config = Config.model_validate(data)
@@ -219,13 +235,12 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"--set {override}: the value is not YAML; quote it, for example --set 'key=\"a: b\"'") from None
+            raise ConfigError(
+                f"--set {override}: the value is not YAML; quote it, for example --set 'key=\"a: b\"'"
+            ) from None
         # YAML 1.1 reads 1e-3 as text; everybody means the number.
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                pass
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            value = float(value)
         *sections, last = key.strip().split(".")
         inner = result
         for section in sections:
@@ -308,7 +323,9 @@ def _describe(error: ValidationError) -> str:
         known = _known_keys(problem["loc"][:-1])
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         prefix = _dotted(problem["loc"][:-1])
-        hint = f"did you mean {prefix + '.' if prefix else ''}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+        hint = (
+            f"did you mean {prefix + '.' if prefix else ''}{nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+        )
         return f"unknown key {key}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing; {_description(problem['loc'])}"

@@ -180,7 +180,9 @@ def planted_table(domain_weights: Mapping[str, float]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Planted role against learned weight", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(
+        title="Planted role against learned weight", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
+    )
     for heading in ("role", "domains", "times uniform", "expected"):
         table.add_column(heading, justify="right" if heading in ("domains", "times uniform") else "left")
     by_role: dict[str, list[DemoDomain]] = {}

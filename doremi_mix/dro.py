@@ -224,8 +224,8 @@ def update_domain_weights(
     if not step_size > 0:
         raise ValueError(f"step_size must be positive, got {step_size}")
     num_domains = state.weights_K.numel()
-    if domain_ids_B.numel() and not (0 <= int(domain_ids_B.min()) and int(domain_ids_B.max()) < num_domains):
-        raise ValueError(f"domain ids must be in [0, {num_domains}), got {domain_ids_B.unique().tolist()}")
+    if domain_ids_B.numel() and not (int(domain_ids_B.min()) >= 0 and int(domain_ids_B.max()) < num_domains):
+        raise ValueError(f"domain ids must be in [0, {num_domains}), got {sorted(set(domain_ids_B.tolist()))}")
     sums = domain_sums(proxy_loss_BT, reference_loss_BT, mask_BT, domain_ids_B, num_domains)
     if not all(bool(torch.isfinite(sum_K).all()) for sum_K in sums):
         raise ValueError("an unmasked loss is not finite")

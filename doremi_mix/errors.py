@@ -15,8 +15,8 @@
     ├── DivergedError             lower the learning rate              (ArithmeticError)
     └── ModelError                choose another model                 (ValueError)
 
-Each class also inherits the standard exception that it specialises, and takes exactly one argument, its message, so that
-it can be pickled.  The command line prints the message as one line and exits 1.
+Each class also inherits the standard exception that it specialises, and takes exactly one argument, its message, so
+that it can be pickled.  The command line prints the message as one line and exits 1.
 """
 
 

@@ -50,7 +50,7 @@ def linear_cross_entropy(
         loss_N = F.cross_entropy(_logits(hidden_ND, head_VD), labels_N, reduction="none")
     else:
         chunk_size = max(1, max_kept_logits // head_VD.shape[0])
-        loss_N = _ChunkedCrossEntropy.apply(hidden_ND, head_VD, labels_N, chunk_size)
+        loss_N = _ChunkedCrossEntropy.apply(hidden_ND, head_VD, labels_N, chunk_size)  # type: ignore[no-untyped-call]
     loss = torch.zeros(labels_BT.numel(), dtype=loss_N.dtype, device=loss_N.device)
     return loss.index_copy(0, index_N, loss_N).view(labels_BT.shape)
 
@@ -70,7 +70,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return torch.cat(
             [
                 F.cross_entropy(_logits(hidden_CD, head_VD), labels_C, reduction="none")
-                for hidden_CD, labels_C in zip(hidden_ND.split(chunk_size), labels_N.split(chunk_size), strict=True)
+                for hidden_CD, labels_C in zip(
+                    torch.split(hidden_ND, chunk_size), torch.split(labels_N, chunk_size), strict=True
+                )
             ]
         )
 

@@ -70,8 +70,8 @@ def build_model(
 ) -> TokenLossModel:
     """Builds or loads a causal language model and checks that it keeps packed documents apart.
 
-    The model is put into evaluation mode and trained there: dropout would make the losses that decide the domain weights
-    differ from the losses whose gradient they weight.
+    The model is put into evaluation mode and trained there: dropout would make the losses that decide the domain
+    weights differ from the losses whose gradient they weight.
 
     Args:
         name: a preset, a Hugging Face ``config.json`` (or a folder with nothing else), or a checkpoint: a folder or the
@@ -197,13 +197,13 @@ def _check_behavior(wrapped: TokenLossModel, name: str, context_length: int) -> 
     own_BT = nn.functional.cross_entropy(logits_BTV[0], labels_BT[0, second], reduction="none")[None]
     if not torch.allclose(alone_BT, own_BT, atol=1e-3, rtol=1e-3):
         raise ModelError(
-            f"model {name}: its logits are more than a linear head (a cap, a scale or a bias), which the loss here does "
+            f"model {name}: its logits are more than a linear head (a cap, a scale or a bias), which the loss does "
             "not support; choose another model"
         )
     if not torch.allclose(packed_BT[:, second], alone_BT, atol=1e-3, rtol=1e-3):
         raise ModelError(
-            f"model {name}: lets the documents of a packed sequence see each other (it ignores the attention mask or the "
-            "positions); choose another model"
+            f"model {name}: lets the documents of a packed sequence see each other (it ignores the attention mask or "
+            "the positions); choose another model"
         )
 
 

@@ -42,8 +42,8 @@ def learn(
 ) -> DomainWeights:
     """Learns domain weights for some files, and draws the mixture when there is a token budget.
 
-    Each file is a domain, named by its stem; a folder gives one domain per file.  A run that was interrupted goes on, and
-    one that finished is read back.
+    Each file is a domain, named by its stem; a folder gives one domain per file.  A run that was interrupted goes on,
+    and one that finished is read back.
 
     Args:
         sources: files and folders.

@@ -1,7 +1,8 @@
 """Settings that nobody gave: chosen for the hardware and the data, and what the run will cost.
 
-``choose`` is a pure function of the configuration, the number of domains and the kind of hardware, so that a run resumed
-on another machine of the same kind makes the same choices (the run directory keeps the kind).  ``estimate`` measures.
+``choose`` is a pure function of the configuration, the number of domains and the kind of hardware, so that a run
+resumed on another machine of the same kind makes the same choices (the run directory keeps the kind).  ``estimate``
+measures.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from doremi_mix.presets import PRESETS, Preset
 if TYPE_CHECKING:
     from doremi_mix.models import TokenInfo
 
-CPU_STEPS = 300
+CPU_STEPS = 400
 CUDA_STEPS = 2_000
 CUDA_BATCH_SIZE = 64
 CPU_BATCH_SIZE = 24
@@ -99,7 +100,7 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
 
 
 def accumulation(section: TrainingConfig, context_length: int, num_processes: int) -> int:
-    """Returns the micro-batches per step and process: as given, else so that one holds ``MICRO_BATCH_TOKENS`` at most."""
+    """Returns the micro-batches per step and process: as given, else so that none exceeds ``MICRO_BATCH_TOKENS``."""
     if section.gradient_accumulation_steps is not None:
         return section.gradient_accumulation_steps
     assert section.batch_size is not None

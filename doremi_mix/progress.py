@@ -1,7 +1,7 @@
 """What a person sees while something runs: one line per event, a bar with throughput and ETA on a terminal.
 
-Everything goes to stderr, so that stdout stays free for results.  Where stderr is no terminal (a log file, CI), a line is
-printed every few seconds instead of a bar.
+Everything goes to stderr, so that stdout stays free for results.  Where stderr is no terminal (a log file, CI), a line
+is printed every few seconds instead of a bar.
 """
 
 from __future__ import annotations

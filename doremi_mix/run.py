@@ -109,7 +109,9 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / ".lock").open("w")
         except OSError as error:
-            raise RunDirectoryError(f"{self.path}: cannot be written ({error.strerror}); choose another --run-dir") from None
+            raise RunDirectoryError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --run-dir"
+            ) from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,7 +143,12 @@ class RunDirectory:
         """
         path = self.stage_path(stage)
         started = path / STARTED
-        if resumable and started.exists() and not (path / MANIFEST).exists() and read_json(started)["fingerprint"] == wanted:
+        if (
+            resumable
+            and started.exists()
+            and not (path / MANIFEST).exists()
+            and read_json(started)["fingerprint"] == wanted
+        ):
             return path
         if path.exists():
             # In this order, so that a kill in between never leaves a folder that looks finished or resumable.

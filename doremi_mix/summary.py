@@ -54,5 +54,7 @@ def next_commands(summary: dict[str, Any]) -> list[str]:
         )
     else:
         commands.insert(0, f"head -n 3 {shlex.quote(summary['mixture'])}   # the training set")
-    commands.append(f"doremi-mix proxy --run-dir {run_dir} --set proxy.seed=1   # another draw: how stable are the weights?")
+    commands.append(
+        f"doremi-mix proxy --run-dir {run_dir} --set proxy.seed=1   # another draw: how stable are the weights?"
+    )
     return commands

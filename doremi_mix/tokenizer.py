@@ -36,7 +36,7 @@ _USUAL_END_TOKENS = (
 
 # Spaces join the word that follows, digits stand alone so that numbers are read digit by digit, Han text is kept apart
 # from the Latin words inside it, and line breaks end a piece, so that "\n\n" is learned as one token.
-_PRE_TOKEN_PATTERN = r"\p{Han}+| ?(?:(?!\p{Han})[\p{L}\p{M}])+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PRE_TOKEN_PATTERN = r" ?\p{Han}+| ?(?:(?!\p{Han})[\p{L}\p{M}])+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # A token that a person might type but only a program should write: <|im_start|>, <reserved_106>, [INST], <<SYS>>.
 # Byte pieces (<0x0A>), comments (<!--) and the tags of HTML are text.

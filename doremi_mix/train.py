@@ -125,8 +125,8 @@ class PlainObjective:
 class GroupDROObjective:
     """DoReMi's proxy objective: update the domain weights from the batch, then weight the batch with them.
 
-    With one micro-batch per process, one forward pass serves both.  With several, a first pass without gradient finds the
-    excess losses of the whole effective batch (a third more operations; memory stays that of one micro-batch).
+    With one micro-batch per process, one forward pass serves both.  With several, a first pass without gradient finds
+    the excess losses of the whole effective batch (a third more operations; memory stays that of one micro-batch).
     """
 
     def __init__(self, domains: Domains, *, step_size: float, smoothing: float) -> None:
@@ -262,7 +262,10 @@ def train(
     tracker.advance(0)
     tracker.done = tracker._start_done = step * tokens_per_step
     pending: list[Tensor] = []
-    with _interrupt_between_steps(accelerator) as interrupted, _prefetch(schedule, read, plan, step, accelerator) as data:
+    with (
+        _interrupt_between_steps(accelerator) as interrupted,
+        _prefetch(schedule, read, plan, step, accelerator) as data,
+    ):
         for batches in data:
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate_at(step)

@@ -177,7 +177,6 @@ class DomainWeights:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
-
     def __post_init__(self) -> None:
         check_distribution(self.domain_weights, "domain weights")
         check_distribution(self.reference_weights, "reference weights")

@@ -12,8 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 WORDS = {
-    "fruit": "apple pear plum fig lemon cherry grape melon quince date".split(),
-    "metal": "iron gold zinc lead copper tin nickel silver cobalt chrome".split(),
+    "fruit": ["apple", "pear", "plum", "fig", "lemon", "cherry", "grape", "melon", "quince", "date"],
+    "metal": ["iron", "gold", "zinc", "lead", "copper", "tin", "nickel", "silver", "cobalt", "chrome"],
     "水": "江河湖海溪泉雨雪冰云",
 }
 

@@ -109,11 +109,11 @@ def test_merge_goes_into_sections():
 
 
 def test_the_commented_config_is_the_default(tmp_path):
-    text = write_commented([{"path": "a: b#.json", "name": "a"}, {"path": "水.json", "name": "水"}], {"水.json": "alpaca"})
-    parsed = parse_config(yaml.safe_load(text))
-    assert parsed == parse_config(
-        {"sources": [{"path": "a: b#.json", "name": "a"}, {"path": "水.json", "name": "水"}]}
+    text = write_commented(
+        [{"path": "a: b#.json", "name": "a"}, {"path": "水.json", "name": "水"}], {"水.json": "alpaca"}
     )
+    parsed = parse_config(yaml.safe_load(text))
+    assert parsed == parse_config({"sources": [{"path": "a: b#.json", "name": "a"}, {"path": "水.json", "name": "水"}]})
     for name, field in Config.model_fields.items():
         if hasattr(field.annotation, "model_fields"):
             for key, setting in field.annotation.model_fields.items():

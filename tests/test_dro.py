@@ -174,9 +174,7 @@ def test_summing_micro_batches_equals_one_batch():
         weighted_loss(proxy[h], mask[h], domain_ids[h], state.weights_K, joined.num_tokens_K)
         for h in (slice(0, 2), slice(2, 6))
     ]
-    assert sum(parts).item() == pytest.approx(
-        weighted_loss(proxy, mask, domain_ids, state.weights_K).item(), abs=1e-12
-    )
+    assert sum(parts).item() == pytest.approx(weighted_loss(proxy, mask, domain_ids, state.weights_K).item(), abs=1e-12)
 
 
 def test_no_gradient_flows_into_the_weights():

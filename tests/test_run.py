@@ -84,7 +84,9 @@ def test_a_damaged_manifest_is_named(tmp_path):
     run = RunDirectory(tmp_path)
     run.begin("load", "f", resumable=False)
     (tmp_path / "load" / MANIFEST).write_text("{half")
-    with pytest.raises(RunDirectoryError, match=r"load/manifest.json: is not JSON .*; delete the stage's folder and run"):
+    with pytest.raises(
+        RunDirectoryError, match=r"load/manifest.json: is not JSON .*; delete the stage's folder and run"
+    ):
         run.manifest("load")
 
 

@@ -38,8 +38,8 @@ class Stage:
     Attributes:
         name: of the stage, its module, its folder and its command.
         reads: the earlier stages whose artifacts it reads.
-        settings: what of the configuration changes its result; with the fingerprints of ``reads`` this is its fingerprint.
-        summary: one line for the help text.
+        settings: what of the configuration changes its result; with the fingerprints of ``reads`` this is its
+        fingerprint. summary: one line for the help text.
         resumable: whether it goes on from partial work after a kill; the others start again.
         parallel: whether all processes of a distributed run work in it; otherwise the first one does.
         version: raised when the stage's code comes to another result for the same settings.
@@ -110,7 +110,9 @@ STAGES: tuple[Stage, ...] = (
         parallel=True,
         scratch=("checkpoint.pt",),
     ),
-    Stage("weights", ("tokenize", "reference", "proxy"), lambda config: {}, "average the trajectory into domain weights"),
+    Stage(
+        "weights", ("tokenize", "reference", "proxy"), lambda _config: {}, "average the trajectory into domain weights"
+    ),
     Stage(
         "mixture",
         ("load", "tokenize", "weights"),
@@ -195,7 +197,7 @@ def run_pipeline(config: Config, run: RunDirectory, narrator: Narrator, processe
             check_budget(config, run)
 
 
-def stage_states(config: Config | None, run: RunDirectory) -> dict[str, str]:
+def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
     """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``."""
     states: dict[str, str] = {}
     for stage in STAGES:
@@ -205,9 +207,10 @@ def stage_states(config: Config | None, run: RunDirectory) -> dict[str, str]:
             continue
         states[stage.name] = "finished"
         upstream_fresh = all(states[name] == "finished" for name in stage.reads)
-        if config is not None and stage.name != "load":
-            if not upstream_fresh or wanted_fingerprint(stage, config, run) != manifest["fingerprint"]:
-                states[stage.name] = "outdated"
+        if stage.name == "load":
+            continue  # its fingerprint needs the sources, which may be gone by now
+        if not upstream_fresh or wanted_fingerprint(stage, config, run) != manifest["fingerprint"]:
+            states[stage.name] = "outdated"
     return states
 
 

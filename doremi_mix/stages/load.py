@@ -85,11 +85,14 @@ def list_sources(config: Config) -> list[Source]:
         for source in config.sources
     ]
     for source in sources:
-        if source.name.startswith(".") or source.name == "rejections" or any(
-            c in "/\\" or not c.isprintable() for c in source.name
+        if (
+            source.name.startswith(".")
+            or source.name == "rejections"
+            or any(c in "/\\" or not c.isprintable() for c in source.name)
         ):
             raise ConfigError(
-                f"sources: {source.name!r} cannot name a domain (no slash, no control character, no leading dot, not \"rejections\"); "
+                f"sources: {source.name!r} cannot name a domain (no slash, no control character, no leading dot, "
+                'not "rejections"); '
                 f"set another name for {source.path}"
             )
     if len(sources) < 2:

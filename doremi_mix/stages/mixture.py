@@ -62,8 +62,13 @@ def run(context: StageContext) -> str:
     drawn = {name: tokens for name, (_, tokens) in draws.items()}
     total = sum(drawn.values())
     write_json(context.folder / "ratio.json", {f"{name}.jsonl": tokens / total for name, tokens in drawn.items()})
-    write_json(context.folder / "allocation.json", _describe(allocation, draws, weights, key, context.config.tokenize.max_example_tokens))
-    return f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {context.folder / 'mixture.jsonl'}"
+    write_json(
+        context.folder / "allocation.json",
+        _describe(allocation, draws, weights, key, context.config.tokenize.max_example_tokens),
+    )
+    return (
+        f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {context.folder / 'mixture.jsonl'}"
+    )
 
 
 def draw_domains(store: TokenStore, allocation: Allocation, seed: int) -> dict[str, tuple[NDArray[np.int64], int]]:

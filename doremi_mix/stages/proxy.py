@@ -1,7 +1,7 @@
 """Stage proxy: train the proxy model with group DRO, which moves the domain weights.
 
-Writes ``trajectory.jsonl`` (one line per update, see ``types.TrajectoryPoint``), ``average.json`` (the mean of alpha_1 to
-alpha_T), ``model/`` and ``metrics.json`` (held-out loss per domain).
+Writes ``trajectory.jsonl`` (one line per update, see ``types.TrajectoryPoint``), ``average.json`` (the mean of alpha_1
+to alpha_T), ``model/`` and ``metrics.json`` (held-out loss per domain).
 """
 
 from __future__ import annotations

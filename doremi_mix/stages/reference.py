@@ -1,7 +1,7 @@
 """Stage reference: train the reference model on the reference weights, then freeze it.
 
-Writes ``model/``, ``training.jsonl`` (step, loss), ``weights.json`` (the reference weights) and ``metrics.json`` (held-out
-loss per domain).
+Writes ``model/``, ``training.jsonl`` (step, loss), ``weights.json`` (the reference weights) and ``metrics.json``
+(held-out loss per domain).
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ def run(context: StageContext) -> str:
     losses = held_out_losses(store, model, accelerator)
     if context.processes.is_main:
         write_json(context.folder / "weights.json", weights)
-        average = write_metrics(
-            context.folder / "metrics.json", losses, schedule, store.domains, num_parameters(model)
-        )
+        average = write_metrics(context.folder / "metrics.json", losses, schedule, store.domains, num_parameters(model))
         return f"held-out loss {average:.3f} nats per token, average over domains"
     return ""

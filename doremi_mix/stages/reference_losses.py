@@ -30,7 +30,9 @@ class ReferenceLosses:
 
     def __init__(self, folder: Path) -> None:
         self.sequence_ids = np.load(folder / "sequence_ids.npy")
-        self.losses_RT = np.memmap(folder / "losses.f32", dtype=np.float32, mode="r").reshape(len(self.sequence_ids), -1)
+        self.losses_RT = np.memmap(folder / "losses.f32", dtype=np.float32, mode="r").reshape(
+            len(self.sequence_ids), -1
+        )
 
     def read(self, sequence_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Returns the losses of sequences, shape [B, T].

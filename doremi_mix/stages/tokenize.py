@@ -90,12 +90,12 @@ def _get_tokenizer(context: StageContext, config: TokenizeConfig, domains: Domai
     trained = train_byte_level_bpe(_sample_texts(domains, load_folder, make_template(config), share), config.vocab_size)
     path = folder / "tokenizer.json"
     trained.save(str(path))
-    return dataclasses.replace(load_tokenizer(str(path)), name=f"byte-level BPE of {config.vocab_size}, trained on the data")
+    return dataclasses.replace(
+        load_tokenizer(str(path)), name=f"byte-level BPE of {config.vocab_size}, trained on the data"
+    )
 
 
-def _sample_texts(
-    domains: Domains, load_folder: Path, template: Template, bytes_per_domain: int
-) -> Iterator[str]:
+def _sample_texts(domains: Domains, load_folder: Path, template: Template, bytes_per_domain: int) -> Iterator[str]:
     """Yields texts of every domain, evenly spread over its rows, up to about so many characters of each."""
     for name in domains:
         # Rows are compressed on disk to about a third; a domain that may exceed its share is thinned out evenly.

@@ -25,7 +25,7 @@ from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.store import Split, TokenStore
 from doremi_mix.train import Objective, TrainingPlan, counted, forward, load_batch, to_device, train
-from doremi_mix.types import Domains, DomainLoss
+from doremi_mix.types import DomainLoss, Domains
 
 SCORE_TOKENS = 16_384
 """Tokens in one forward pass without gradient."""
@@ -68,7 +68,9 @@ def reference_weights(config: Config, store: TokenStore) -> dict[str, float]:
     assert isinstance(wanted, dict)
     for name in set(wanted) ^ set(names):
         problem = "is missing from" if name in names else "is no domain, but stands in"
-        raise ConfigError(f"reference.weights: {name!r} {problem} the weights; give one weight to each of {list(names)}")
+        raise ConfigError(
+            f"reference.weights: {name!r} {problem} the weights; give one weight to each of {list(names)}"
+        )
     for name, weight in wanted.items():
         if not math.isfinite(weight) or weight <= 0:
             raise ConfigError(f"reference.weights: the weight of {name!r} must be a positive number, got {weight}")
@@ -93,8 +95,8 @@ def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
     assert config.proxy.batch_size
     if config.proxy.batch_size < num_domains:
         raise ConfigError(
-            f"proxy.batch_size is {config.proxy.batch_size}, fewer than the {num_domains} domains, each of which must be "
-            f"in every batch; raise it to {num_domains} or more"
+            f"proxy.batch_size is {config.proxy.batch_size}, fewer than the {num_domains} domains, each of which must "
+            f"be in every batch; raise it to {num_domains} or more"
         )
     return make_schedule(store, dict.fromkeys(store.domains, 1 / num_domains), config.proxy)
 
@@ -180,7 +182,7 @@ def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) 
 def write_metrics(
     path: Path, losses: dict[str, DomainLoss], schedule: Schedule, domains: Domains, num_parameters: int
 ) -> float:
-    """Writes held-out losses and epochs per domain; returns the average of the losses over domains, in nats per token."""
+    """Writes held-out losses and epochs per domain; returns the average of the losses over domains (nats per token)."""
     average = math.fsum(loss.loss for loss in losses.values()) / len(losses) if losses else math.nan
     write_json(
         path,

@@ -33,7 +33,8 @@ def run(context: StageContext) -> str:
         shares=_shares(learned, store),
         method=context.config.proxy.method,
         settings={
-            section: getattr(context.config, section).result_settings() for section in ("tokenize", "reference", "proxy")
+            section: getattr(context.config, section).result_settings()
+            for section in ("tokenize", "reference", "proxy")
         },
         tokenizer={
             key: value
@@ -54,9 +55,7 @@ def run(context: StageContext) -> str:
         learned=average_K.tolist(),
         uniform=1 / len(names),
     )
-    plot_trajectory(
-        context.folder / "trajectory.png", names, [point["step"] for point in log], weights_TK, average_K
-    )
+    plot_trajectory(context.folder / "trajectory.png", names, [point["step"] for point in log], weights_TK, average_K)
     return f"written to {context.folder / WEIGHTS_FILE}"
 
 
@@ -93,7 +92,11 @@ def _provenance(run: RunDirectory) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "inputs": {
-            domain["domain"]: {"sha256": domain["sha256"], "num_rows": domain["num_rows"], "num_kept": domain["num_kept"]}
+            domain["domain"]: {
+                "sha256": domain["sha256"],
+                "num_rows": domain["num_rows"],
+                "num_kept": domain["num_kept"],
+            }
             for domain in read_summary(run.stage_path("load"))
         },
     }

@@ -1,0 +1,208 @@
+"""The command line as a person meets it: one line per mistake, nothing half-made, JSON for machines."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from doremi_mix.cli import app
+from doremi_mix.run import RunDirectory
+
+ROWS = [{"instruction": f"say {i}", "output": f"said {i} times"} for i in range(40)]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def fast(small_settings):
+    return [
+        text
+        for section, settings in small_settings.items()
+        for key, value in settings.items()
+        for text in ("--set", f"{section}.{key}={value}")
+    ]
+
+
+def assert_one_line(result, message):
+    assert result.exit_code == 1, result.output + result.stderr
+    assert result.stdout == ""
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert errors == [f"error: {message}"]
+    assert result.stderr.splitlines()[-1] == errors[0]
+
+
+def broken_inputs():
+    """(name, what to make of the folder, arguments, whole message)."""
+
+    def write(name, text):
+        return lambda folder: (folder / name).write_text(text)
+
+    cases = {
+        "missing": (lambda folder: None, ["{0}/none.json", "{0}/b.json"], "{0}/none.json: "),
+        "empty": (write("a.json", ""), ["{0}/a.json", "{0}/b.json"], "{0}/a.json: "),
+        "truncated": (write("a.json", json.dumps(ROWS)[:-20]), ["{0}/a.json", "{0}/b.json"], "{0}/a.json: "),
+        "wrong schema": (write("a.json", '[{"x": "1", "y": "2"}]'), ["{0}/a.json", "{0}/b.json"], "{0}/a.json: "),
+        "single domain": (lambda folder: None, ["{0}/a.json"], "{0}/a.json: is the only domain; "),
+        "no data in folder": (lambda folder: (folder / "sub").mkdir(), ["{0}/sub"], "{0}/sub: "),
+        "twice": (write("a.jsonl", json.dumps(ROWS[0]) + "\n"), ["{0}"], "{0}/a.json"),
+    }
+    return [pytest.param(*case, id=name) for name, case in cases.items()]
+
+
+@pytest.mark.parametrize(("prepare", "arguments", "start"), broken_inputs())
+@pytest.mark.parametrize("dry", [True, False])
+def test_bad_inputs(files, tmp_path_factory, fast, prepare, arguments, start, dry):
+    prepare(files)
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    arguments = [argument.format(files) for argument in arguments]
+    result = invoke("learn", *arguments, "--run-dir", run_dir, *fast, *(["--dry-run"] if dry else []))
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("error: " + start.format(files)), last
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert not (run_dir / "load" / "manifest.json").exists()
+    assert dry is False or not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("proxy.step_sise=1", "settings: unknown key proxy.step_sise; did you mean proxy.step_size?"),
+        ("proxy.steps=0", "settings: proxy.steps must be greater than or equal to 1, got 0"),
+        ("proxy.steps", "--set proxy.steps: expected key=value, for example --set proxy.steps=200"),
+    ],
+)
+def test_bad_settings_write_nothing(files, tmp_path, setting, message):
+    run_dir = tmp_path / "runs" / "x"
+    assert_one_line(invoke("learn", files, "--run-dir", run_dir, "--set", setting), message)
+    assert not run_dir.exists()
+
+
+def test_impossible_budget(files, tmp_path_factory, fast):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    result = invoke("learn", files, "--run-dir", run_dir, "--token-budget", 10**8, *fast)
+    assert result.exit_code == 1
+    assert "token budget" in result.stderr.splitlines()[-1]
+    assert "100,000,000" in result.stderr.splitlines()[-1]
+    assert not (run_dir / "reference").exists()
+
+
+def test_too_many_bad_rows(files, tmp_path_factory, fast):
+    rows = [*ROWS[:30], *({"instruction": "x", "output": ["a list"]} for _ in range(10))]
+    (files / "a.json").write_text(json.dumps(rows))
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    result = invoke("learn", files, "--run-dir", run_dir, *fast, "--set", "load.max_rejected_share=0.2")
+    assert_one_line(
+        result,
+        f"{files}/a.json: 10 of 40 rows were rejected (25.0%, allowed 20.0%): wrong_type 10; first: row 31: "
+        '"output" must be a string, got a list; mend the file, or raise load.max_rejected_share',
+    )
+
+
+def test_usage_errors_exit_2(tmp_path):
+    assert invoke("learn").exit_code == 2
+    assert invoke("lern", tmp_path).exit_code == 2
+
+
+def test_a_stage_before_its_input(files, tmp_path_factory, fast):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    assert_one_line(
+        invoke("proxy", "--run-dir", run_dir),
+        f"{run_dir}: no run was started here; start one with: doremi-mix learn or run",
+    )
+    config = files / "c.yaml"
+    config.write_text(yaml.safe_dump({"sources": [{"path": "a.json"}, {"path": "b.json"}]}))
+    result = invoke("load", "--run-dir", run_dir, "--config", config, *fast)
+    assert result.exit_code == 0, result.stderr
+    assert_one_line(
+        invoke("proxy", "--run-dir", run_dir),
+        f"tokenize has not finished in {run_dir}; run: doremi-mix tokenize --run-dir {run_dir}",
+    )
+
+
+def test_dry_run_writes_nothing(files, tmp_path_factory, fast):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    result = invoke("learn", files, "--run-dir", run_dir, *fast, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "  a: 40 rows, json, alpaca (instruction, output)" in result.stdout
+    assert "plan: 2 domains on cpu" in result.stdout
+    assert "training will take about" in result.stdout
+    assert not run_dir.exists()
+    as_json = invoke("learn", files, "--run-dir", run_dir, *fast, "--dry-run", "--json")
+    assert json.loads(as_json.stdout)["config"]["reference"]["steps"] == 12
+    assert not run_dir.exists()
+
+
+def test_init_then_run_each_stage(files, tmp_path_factory, fast):
+    """The config that init writes runs; stages one by one give what run gives."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "mine.yaml"
+    result = invoke("init", files, "--out", config)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"wrote {config} with 2 domains")
+    assert "# json, alpaca (instruction, output)" in config.read_text()
+    again = invoke("init", files, "--out", config)
+    assert_one_line(again, f"{config}: exists already; choose another --out or delete it")
+
+    whole = invoke("run", config, "--run-dir", folder / "whole", "--token-budget", 500, *fast, "--json")
+    assert whole.exit_code == 0, whole.stderr
+    summary = json.loads(whole.stdout)
+    assert {row["domain"] for row in summary["domains"]} == {"a", "b"}
+    assert summary["tokens"]["token_budget"] == 500
+    for stage in ("load", "tokenize", "reference", "reference-losses", "proxy", "weights", "mixture"):
+        step = invoke(
+            stage, "--run-dir", folder / "steps", "--config", config, *fast, "--set", "mixture.token_budget=500"
+        )
+        assert step.exit_code == 0, step.stderr
+    for name in ("weights/domain_weights.json", "mixture/mixture.jsonl"):
+        assert (folder / "steps" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    states = json.loads(invoke("status", "--run-dir", folder / "steps", "--json").stdout)
+    assert set(states.values()) == {"finished"}
+
+
+def test_status_tells_what_is_outdated(finished_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    data = json.loads((run_dir / "run.json").read_text())
+    data["given"]["proxy"] = {"step_size": 0.5}
+    (run_dir / "run.json").write_text(json.dumps(data))
+    (run_dir / "mixture" / "manifest.json").unlink()
+    states = json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)
+    assert states == {
+        **dict.fromkeys(("load", "tokenize", "reference", "reference_losses"), "finished"),
+        **dict.fromkeys(("proxy", "weights"), "outdated"),
+        "mixture": "partial",
+    }
+
+
+def test_closing_table(finished_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    given = RunDirectory(run_dir).describe()["given"]
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(given, allow_unicode=True))
+    result = invoke("run", config, "--run-dir", run_dir)
+    assert result.exit_code == 0, result.stderr
+    for text in ("natural", "learned", "ratio", "excess", "available", "allocated", "epochs", "水"):
+        assert text in result.stdout
+    assert f"doremi-mix status --run-dir {run_dir}" in result.stdout
+    assert f"weights: {run_dir}/weights/domain_weights.json" in result.stdout
+    assert result.stderr.count("up to date") == 7
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("doremi-mix ")

@@ -1,0 +1,139 @@
+"""The training step: micro-batches and processes change nothing but the order of sums."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from doremi_mix import learn
+from doremi_mix.models import TokenInfo, build_model
+from doremi_mix.stages.training import read_log
+from doremi_mix.train import GroupDROObjective, PlainObjective, TrainingPlan, make_accelerator
+from doremi_mix.types import Domains
+
+
+def batch_of(num_sequences, T=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 50, (num_sequences, T), generator=generator)
+    labels = ids.roll(-1, 1).masked_fill(torch.rand(num_sequences, T, generator=generator) < 0.3, -100)
+    labels[:, -1] = -100
+    return {
+        "input_ids_BT": ids,
+        "labels_BT": labels,
+        "position_ids_BT": torch.arange(T).expand(num_sequences, T),
+        "document_ids_BT": torch.zeros(num_sequences, T, dtype=torch.int32),
+        "domain_ids_B": torch.arange(num_sequences) % 3,
+        "reference_loss_BT": torch.rand(num_sequences, T, generator=generator) * 4,
+    }
+
+
+def halves(batch):
+    return [{name: tensor[part] for name, tensor in batch.items()} for part in (slice(0, 4), slice(4, None))]
+
+
+def gradients(objective, model, batches):
+    model = copy.deepcopy(model)
+    logged = objective.backward(model, batches, make_accelerator())
+    return logged, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [PlainObjective, lambda: GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)],
+)
+def test_two_micro_batches_equal_one(make, model_config):
+    model = build_model(str(model_config), TokenInfo(50, 1, 0), 12, seed=0)
+    batch = batch_of(9)
+    one, two = make(), make()
+    logged_one, gradients_one = gradients(one, model, [batch])
+    logged_two, gradients_two = gradients(two, model, halves(batch))
+    assert torch.allclose(logged_one, logged_two, atol=1e-6)
+    assert gradients_one
+    for left, right in zip(gradients_one, gradients_two, strict=True):
+        assert torch.allclose(left, right, atol=1e-6)
+
+
+def test_alpha_is_from_this_batch_and_weights_its_gradient(model_config):
+    """alpha_t is computed from batch t before the gradient of batch t uses it."""
+    model = build_model(str(model_config), TokenInfo(50, 1, 0), 12, seed=0)
+    batch = batch_of(9)
+    objective = GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)
+    logged, got = gradients(objective, model, [batch])
+    weights_K = logged[0]
+    assert not torch.allclose(weights_K, torch.full((3,), 1 / 3, dtype=torch.float64))
+    mask = batch["labels_BT"] != -100
+    loss = model(*(batch[name] for name in ("input_ids_BT", "labels_BT", "position_ids_BT", "document_ids_BT")))
+    expected = sum(
+        weights_K[i].float() * loss[batch["domain_ids_B"] == i].sum() / mask[batch["domain_ids_B"] == i].sum()
+        for i in range(3)
+    )
+    wanted = torch.autograd.grad(expected, [p for p in model.parameters() if p.requires_grad])
+    for left, right in zip(got, wanted, strict=True):
+        assert torch.allclose(left, right, atol=1e-6)
+
+
+def test_the_objectives_state_survives_a_checkpoint(model_config):
+    model = build_model(str(model_config), TokenInfo(50, 1, 0), 12, seed=0)
+    objective = GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)
+    gradients(objective, model, [batch_of(9)])
+    other = GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)
+    other.restore(objective.state())
+    assert other.dro.num_updates == 1
+    assert torch.equal(other.dro.weights_K, objective.dro.weights_K)
+    assert torch.equal(other.dro.weight_sum_K, objective.dro.weight_sum_K)
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth():
+    plan = TrainingPlan("proxy", 100, 1.0, 0.1, 0.0, 1.0, 1, 5)
+    rates = np.array([plan.learning_rate_at(step) for step in range(100)])
+    assert rates[:10].tolist() == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_equal_one_with_accumulation_two(corpus, model_config, tmp_path):
+    """The first 50 updates within 1e-5, and exactly the same draws."""
+    settings = {
+        "tokenize.vocab_size": 400,
+        "tokenize.context_length": 64,
+        "reference.model": str(model_config),
+        "reference.steps": 50,
+        "reference.batch_size": 7,  # does not divide by two
+        "reference.learning_rate": 0.003,
+    }
+    sets = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
+    launch = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(_free_port())),
+        *("-m", "doremi_mix", "learn", str(corpus), "--run-dir", str(tmp_path / "two"), *sets),
+    ]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sections = {}
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    sections["reference"]["gradient_accumulation_steps"] = 2
+    sections["proxy"] = {"gradient_accumulation_steps": 2}
+    learn(corpus, tmp_path / "one", quiet=True, **sections)
+    one, two = (read_log(tmp_path / name / "proxy" / "trajectory.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 50
+    for left, right in zip(one, two, strict=True):
+        assert right["domain_weights"] == pytest.approx(left["domain_weights"], abs=1e-5)
+    draws = [(tmp_path / name / "reference_losses" / "sequence_ids.npy").read_bytes() for name in ("one", "two")]
+    assert draws[0] == draws[1]
+    trained = [read_log(tmp_path / name / "reference" / "training.jsonl") for name in ("one", "two")]
+    assert [line["num_tokens"] for line in trained[0]] == [line["num_tokens"] for line in trained[1]]
