@@ -79,6 +79,7 @@ def learn(
 
     with _errors_in_one_line():
         base = load_config_file(config) if config else {}
+        base.pop("catalog", None)  # the files on the command line take the place of the config's
         given = settings_from({**base, **given_sources(paths)}, set_ or (), token_budget)
         _run_all(given, run_dir, where=str(config or "settings"), dry_run=dry_run, as_json=as_json)
 
@@ -248,12 +249,16 @@ def _print_result(directory: Any, *, as_json: bool) -> None:
         console.width = 120  # a log file has room
     console.print()
     console.print(render_table(summary["domains"], "Domain weights (shares of tokens)"))
-    losses = summary["held_out_loss"]
-    print(
-        f"held-out loss, average over domains: reference {losses['reference']:.3f}, proxy {losses['proxy']:.3f} "
-        "nats per token"
-    )
+    losses = {stage: loss for stage, loss in summary["held_out_loss"].items() if loss is not None}
+    if losses:
+        shown = ", ".join(f"{stage} {loss:.3f}" for stage, loss in losses.items())
+        print(f"held-out loss, average over domains: {shown} nats per token")
     print("(the proxy's own loss does not judge the mixture: reweighting is not resampling)")
+    largest = summary["largest_update"]
+    print(
+        f"one run is one draw: on its way, a single update gave {largest['domain']} {largest['domain_weight']:.2f} "
+        f"(update {largest['step']}); see trajectory.png"
+    )
     for label, path in (("weights", summary["domain_weights"]), ("mixture", summary["mixture"])):
         if path is not None:
             print(f"{label}: {path}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from doremi_mix.mixture import natural_weights
 from doremi_mix.report.table import make_rows
 from doremi_mix.run import RunDirectory, read_json
-from doremi_mix.stages.training import available_tokens, open_store, read_log
+from doremi_mix.stages.training import available_tokens, open_store, read_columns
 from doremi_mix.stages.weights import WEIGHTS_FILE, read_weights
 
 
@@ -17,19 +21,20 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
 
     Returns:
         ``run_dir``, ``domain_weights`` (the file), ``pictures``, ``mixture`` (the file or None), ``tokens`` (budget and
-        drawn, or None), ``held_out_loss`` (average of reference and proxy) and ``domains`` (rows of the table).
+        drawn, or None), ``held_out_loss`` (average of reference and proxy), ``largest_update`` (the largest weight that
+        a single update gave) and ``domains`` (rows of the table).
     """
-    available = available_tokens(open_store(run))
+    store = open_store(run)
+    names = store.domains.names
+    available = available_tokens(store)
     weights = run.stage_path("weights")
     mixture = run.stage_path("mixture")
     allocation = read_json(mixture / "allocation.json") if run.manifest("mixture") else None
-    rows = make_rows(
-        natural_weights(available),
-        dict(read_weights(run).domain_weights),
-        read_log(run.stage_path("proxy") / "trajectory.jsonl"),
-        available,
-        allocation,
-    )
+    path = read_columns(run.stage_path("proxy") / "trajectory.jsonl", names, ["domain_weights", "excess_loss"])
+    # The mean over the updates, as the weights are.
+    excess = dict(zip(names, path["excess_loss"].mean(axis=0).tolist(), strict=True))
+    learned = dict(read_weights(run).domain_weights)
+    rows = make_rows(natural_weights(available), learned, excess, available, allocation)
     return {
         "run_dir": str(run.path),
         "domain_weights": str(weights / WEIGHTS_FILE),
@@ -40,8 +45,16 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
             stage: read_json(run.stage_path(stage) / "metrics.json")["held_out_loss_average"]
             for stage in ("reference", "proxy")
         },
+        "largest_update": _largest_update(path["domain_weights"], names),
         "domains": rows,
     }
+
+
+def _largest_update(weights_TK: NDArray[np.float64], names: Sequence[str]) -> dict[str, Any]:
+    """Returns the largest weight on the path: far above the average, it says how much the average hides."""
+    update, domain_id = np.unravel_index(int(weights_TK.argmax()), weights_TK.shape)
+    weight = float(weights_TK[update, domain_id])
+    return {"domain": names[int(domain_id)], "step": int(update) + 1, "domain_weight": weight}
 
 
 def next_commands(summary: dict[str, Any]) -> list[str]:

@@ -98,7 +98,7 @@ class PlainObjective:
 
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
         """Adds the gradient of one step; logs the sum of losses and the number of tokens."""
-        num_tokens = sum((counted(batch).sum() for batch in batches), torch.zeros((), device=accelerator.device))
+        num_tokens = torch.stack([counted(batch).sum() for batch in batches]).sum()
         num_tokens = accelerator.reduce(num_tokens, "sum")
         total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for batch, sync in _with_sync(model, batches, accelerator):

@@ -25,7 +25,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 def make_rows(
     natural: dict[str, float],
     learned: dict[str, float],
-    trajectory: Sequence[dict[str, Any]],
+    excess_loss: dict[str, float],
     available_tokens: dict[str, int],
     allocation: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def make_rows(
     Args:
         natural: share of the available tokens.
         learned: the domain weights.
-        trajectory: lines of ``trajectory.jsonl``; the excess loss shown is the mean over them, as the weights are.
+        excess_loss: in nats per token.
         available_tokens: one pass over the domain.
         allocation: ``allocation.json``, when a mixture was drawn.
     """
@@ -45,7 +45,7 @@ def make_rows(
             "natural_weight": natural[name],
             "domain_weight": learned[name],
             "ratio": learned[name] / natural[name] if natural[name] else math.inf,
-            "excess_loss": math.fsum(point["excess_loss"][name] for point in trajectory) / len(trajectory),
+            "excess_loss": excess_loss[name],
             "available_tokens": available_tokens[name],
         }
         if allocation is not None:

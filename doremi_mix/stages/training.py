@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Reads a log of JSON lines."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def read_columns(path: Path, names: Sequence[str], keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Reads numbers by domain from ``trajectory.jsonl``, a line at a time, as arrays of shape [updates, K]."""
+    columns = {key: array("d") for key in keys}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            point = json.loads(line)
+            for key, column in columns.items():
+                column.extend(point[key][name] for name in names)
+    return {key: np.frombuffer(column).reshape(-1, len(names)) for key, column in columns.items()}
 
 
 def _number(value: float) -> float | None:

@@ -15,7 +15,7 @@ from doremi_mix.report.plots import plot_trajectory, plot_weights
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_summary
-from doremi_mix.stages.training import available_tokens, open_store, read_log
+from doremi_mix.stages.training import available_tokens, open_store, read_columns
 from doremi_mix.store import TokenStore
 from doremi_mix.types import DomainWeights
 
@@ -44,8 +44,8 @@ def run(context: StageContext) -> str:
         provenance=_provenance(context.run),
     )
     write_json(context.folder / WEIGHTS_FILE, weights.to_dict())
-    log = read_log(context.run.stage_path("proxy") / "trajectory.jsonl")
-    weights_TK = np.array([[point["domain_weights"][name] for name in names] for point in log])
+    trajectory = context.run.stage_path("proxy") / "trajectory.jsonl"
+    weights_TK = read_columns(trajectory, names, ["domain_weights"])["domain_weights"]
     average_K = np.array([learned[name] for name in names])
     natural = natural_weights(available_tokens(store))
     plot_weights(
@@ -55,7 +55,7 @@ def run(context: StageContext) -> str:
         learned=average_K.tolist(),
         uniform=1 / len(names),
     )
-    plot_trajectory(context.folder / "trajectory.png", names, [point["step"] for point in log], weights_TK, average_K)
+    plot_trajectory(context.folder / "trajectory.png", names, np.arange(1, len(weights_TK) + 1), weights_TK, average_K)
     return f"written to {context.folder / WEIGHTS_FILE}"
 
 
