@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from doremi_mix import __version__
 from doremi_mix.errors import DoremiMixError, RunDirectoryError
 from doremi_mix.presets import describe_presets
 from doremi_mix.stages import STAGES, Stage, command_of
+
+if TYPE_CHECKING:
+    from doremi_mix.pipeline import OpenRun
 
 app = typer.Typer(
     name="doremi-mix",
@@ -122,7 +125,7 @@ def init(
         notes = {}
         for path in find_files(paths):
             opened = open_source(Source(name=domain_name(path), path=path))
-            entry = {"path": str(path.resolve()), "name": domain_name(path)}
+            entry = {"path": str(path.absolute()), "name": domain_name(path)}
             sources.append(entry)
             notes[entry["path"]] = f"{opened.format}, {opened.schema.describe()}"
         write_atomic(out, write_commented(sources, notes))
@@ -152,20 +155,22 @@ def status(run_dir: RunDir, as_json: AsJson = False) -> None:
 def demo(run_dir: RunDir = Path("runs/demo"), as_json: AsJson = False) -> None:
     """Runs the whole pipeline on 20 made-up domains with a known answer, in a few minutes."""
     from doremi_mix.demo import DEMO_SETTINGS, demo_sources, write_demo_corpus
+    from doremi_mix.distributed import join_processes
     from doremi_mix.pipeline import announce, open_run
     from doremi_mix.stages import run_pipeline
 
     with _errors_in_one_line():
-        corpus = run_dir / "corpus"
-        given = {**DEMO_SETTINGS, "sources": demo_sources(corpus.resolve())}
+        corpus = run_dir.absolute().with_name(f"{run_dir.name}-corpus")
+        processes = join_processes()
+        if processes.is_main:
+            write_demo_corpus(corpus)
+        processes.wait()
+        given = {**DEMO_SETTINGS, "sources": demo_sources(corpus)}
         with open_run(run_dir, given) as opened:
-            if opened.processes.is_main:
-                write_demo_corpus(corpus)
-            opened.processes.wait()
             announce(opened)
             run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
             if opened.processes.is_main:
-                _print_result(opened.run, as_json=as_json)
+                _print_result(opened, as_json=as_json)
                 if not as_json:
                     _print_planted(opened.run)
 
@@ -185,7 +190,8 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
                 base = load_config_file(config)
                 base = merge(directory.describe()["given"], base) if directory.exists() else base
             given = settings_from(base, set_ or ())
-            with open_run(run_dir, given, where=str(config or "settings")) as opened:
+            needs_sources = stage.name == "load"
+            with open_run(run_dir, given, where=str(config or "settings"), needs_sources=needs_sources) as opened:
                 run_stage(stage, opened.config, opened.run, opened.narrator, opened.processes)
 
     command.__doc__ = f"Stage {stage.name}: {stage.summary}."
@@ -207,16 +213,17 @@ def _run_all(given: dict[str, Any], run_dir: Path, *, where: str, dry_run: bool,
         announce(opened)
         run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
         if opened.processes.is_main:
-            _print_result(opened.run, as_json=as_json)
+            _print_result(opened, as_json=as_json)
 
 
 def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool) -> None:
     from doremi_mix.pipeline import describe_plan, resolve
     from doremi_mix.progress import Narrator
     from doremi_mix.run import RunDirectory
-    from doremi_mix.stages.load import check_sources
+    from doremi_mix.stages.load import check_sources, peek_sources
 
     config, hardware = resolve(given, RunDirectory(run_dir), where)
+    peek_sources(config)
     counts = check_sources(config, Narrator())
     plan = describe_plan(config, hardware)
     if as_json:
@@ -234,13 +241,13 @@ def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool)
     print("nothing was written; leave out --dry-run to run it")
 
 
-def _print_result(directory: Any, *, as_json: bool) -> None:
+def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     from rich.console import Console
 
     from doremi_mix.report.table import render_table
     from doremi_mix.summary import next_commands, summarize
 
-    summary = summarize(directory)
+    summary = summarize(opened.config, opened.run)
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         return
@@ -266,7 +273,7 @@ def _print_result(directory: Any, *, as_json: bool) -> None:
         print(f"tokens:  {summary['tokens']['drawn_tokens']:,} drawn of {summary['tokens']['token_budget']:,}")
     print(f"pictures: {'  '.join(summary['pictures'])}")
     print("next:")
-    for command in next_commands(summary):
+    for command in next_commands(summary, opened.config.proxy.seed):
         print(f"  {command}")
 
 

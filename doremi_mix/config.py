@@ -7,6 +7,7 @@ chosen by ``plan.choose`` for the hardware and the data; the run directory keeps
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from doremi_mix.errors import ConfigError
+from doremi_mix.presets import PRESETS
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -29,7 +31,9 @@ _SPEED_ONLY: Any = {"speed_only": True}
 class Section(BaseModel):
     """Base of the sections: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     def result_settings(self) -> dict[str, Any]:
         """Returns the settings that change the result of the stage, as plain JSON values."""
@@ -137,7 +141,7 @@ class ReferenceConfig(TrainingConfig):
     @field_validator("weights", mode="before")
     @classmethod
     def _known_word_or_mapping(cls, value: object) -> object:
-        if isinstance(value, str) and value not in ("natural", "uniform"):
+        if value not in ("natural", "uniform") and not isinstance(value, dict):
             raise ValueError("must be natural, uniform or a mapping of domain to weight")
         return value
 
@@ -216,9 +220,32 @@ def load_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not YAML: {problem}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections, got {type(data).__name__}")
-    root = Path(data.get("data_root") or ".")
-    data["data_root"] = str(path.resolve().parent / root)
-    return data
+    root = data.get("data_root")
+    if not isinstance(root, str | None):
+        raise ConfigError(f"{path}: data_root must be a folder's path, got {root!r}")
+    folder = path.absolute().parent
+    if {"sources", "catalog", "data_root"} & data.keys():
+        data["data_root"] = str(folder / Path(root or ".").expanduser())
+    return anchor_paths(data, folder)
+
+
+def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes the paths of existing local models and tokenizers absolute, so that they mean the same from any folder.
+
+    Args:
+        data: settings as a person gave them.
+        folder: where relative paths start: the config file's folder, or the current one for the command line.
+    """
+    result = _copy(data)
+    if isinstance(result.get("data_root"), str):
+        result["data_root"] = str(folder / Path(result["data_root"]).expanduser())
+    for section, key in (("tokenize", "tokenizer"), ("reference", "model"), ("proxy", "model")):
+        settings = result.get(section)
+        value = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and isinstance(value, str) and value not in PRESETS:
+            path = folder / Path(value).expanduser()
+            settings[key] = str(path) if path.exists() else value
+    return result
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -304,6 +331,8 @@ def write_commented(sources: list[dict[str, Any]], notes: Mapping[str, str], dat
 
 
 def _scalar(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)  # YAML reads JSON strings, inside flow mappings too
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
     return text.removesuffix("...").strip()
 

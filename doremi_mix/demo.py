@@ -7,9 +7,10 @@ successors and titles differ between domains; the noise domains draw from all wo
 ================ ============================================== ======================================================
 role             walk                                           what group DRO does with it
 ================ ============================================== ======================================================
-learnable        96 words; 60 % successor, 40 % any word        leads: the proxy trails the reference for long
+learnable        96 words; 60 % successor, 40 % any word        leads, at 2 to 4 times uniform: the proxy trails the
+                                                                reference for long
 easy             8 words; 98 % successor, 2 % any word          first to rise and first to fall: learned at once
-noise            every word of the script, equally likely       sinks almost to the floor c/K: nothing can be learned
+noise            every word of the script, equally likely       sinks to a few hundredths: nothing can be learned
 duplicated       noise over 64 words, but 48 distinct rows      stays low: only its words can be learned; a reference
                                                                 that trains for longer learns the rows by heart, which
                                                                 passes for something to learn and lifts the domain
@@ -18,8 +19,9 @@ tiny             learnable, but 24 rows                         sinks: the refer
 mixed_quality    learnable and noise rows in turn               stays low: the noise half dilutes the excess loss
 ================ ============================================== ======================================================
 
-The table is what DoReMi does in a short run with step size 1, not what one should wish for: that a tiny domain of good
-rows sinks is a weakness of the method that the demo shows rather than hides.
+The table is what DoReMi does in this short run, not what one should wish for: that a tiny domain of good rows sinks is
+a weakness of the method that the demo shows rather than hides.  The order of the roles holds for other seeds; the order
+of the learnable domains among themselves, which are alike, is luck.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def _domains_of(script: str) -> tuple[DemoDomain, ...]:
         ("noise_1", "noise", 520, 520, 0, (noise,), "least: nothing to learn"),
         ("noise_2", "noise", 520, 520, 0, (noise,), "least: nothing to learn"),
         ("duplicated", "duplicated", 400, 48, 64, (noise,), "little: noise over few words"),
-        ("tiny", "tiny", 24, 24, 96, (learnable,), "least: too few rows for the reference"),
+        ("tiny", "tiny", 24, 24, 96, (learnable,), "least: too few rows"),
         ("mixed_quality", "mixed_quality", 400, 400, 96, (learnable, noise), "little: half of it is noise"),
     )
     return tuple(
@@ -98,9 +100,10 @@ DEMO_DOMAINS: tuple[DemoDomain, ...] = (*_domains_of("latin"), *_domains_of("han
 
 DEMO_SETTINGS: dict[str, dict[str, object]] = {
     "tokenize": {"vocab_size": 2048, "context_length": 128},
-    "reference": {"model": "tiny", "steps": 240, "batch_size": 20, "weight_decay": 0.1},
-    # Clearly shorter than the reference: a proxy that overtakes it finds no excess loss but that of noise.
-    "proxy": {"steps": 120, "weight_decay": 0.1, "seed": 1},
+    "reference": {"model": "tiny", "steps": 200, "batch_size": 20, "weight_decay": 0.1, "seed": 1},
+    # Clearly shorter than the reference: a proxy that overtakes it finds no excess loss but that of noise.  Excess
+    # losses of 2 to 5 nats on one sequence per domain would, at step size 1, toss the weights from domain to domain.
+    "proxy": {"steps": 100, "step_size": 0.4, "weight_decay": 0.1},
     "mixture": {"token_budget": 200_000},
 }
 """Settings under which the planted order shows in about a minute on two cores."""

@@ -133,9 +133,9 @@ def domain_sums(
         ],
         dim=1,
     )
-    sums_K5 = torch.zeros(num_domains, 5, dtype=torch.float64, device=values_B5.device)
-    sums_K5.index_add_(0, domain_ids_B, values_B5)
-    return DomainSums(*sums_K5.unbind(1))
+    # A product with the membership matrix adds in a fixed order on every device; index_add does not on CUDA.
+    member_KB = torch.nn.functional.one_hot(domain_ids_B, num_domains).T.double()
+    return DomainSums(*(member_KB @ values_B5).unbind(1))
 
 
 @torch.no_grad()

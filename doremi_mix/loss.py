@@ -46,6 +46,9 @@ def linear_cross_entropy(
     index_N = counted_BT.flatten().nonzero().squeeze(1)
     hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, index_N)
     labels_N = labels_BT.flatten().index_select(0, index_N)
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        # Here, so that the backward pass, which runs outside autocast, sees the same numbers.
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
     if hidden_ND.shape[0] * head_VD.shape[0] <= max_kept_logits:
         loss_N = F.cross_entropy(_logits(hidden_ND, head_VD), labels_N, reduction="none")
     else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from doremi_mix.errors import ModelError
 from doremi_mix.loss import linear_cross_entropy
-from doremi_mix.presets import PRESETS
+from doremi_mix.presets import PRESETS, is_config_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +94,17 @@ def build_model(
         if name in PRESETS:
             config = _preset_config(name, tokens, context_length)
             model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        elif _is_config_only(Path(name)):
+        elif is_config_only(name):
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             config.vocab_size = tokens.vocab_size
+            # A padding id would freeze its row of the embeddings, and padding is masked anyway.
+            config.bos_token_id, config.eos_token_id, config.pad_token_id = None, tokens.end_id, None
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         else:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # damaged files and wrong settings come as many classes, all the user's to settle
         raise ModelError(
             f"model {name}: cannot be loaded ({_first_line(error)}); "
             f"give a preset ({', '.join(PRESETS)}), a config.json, or a checkpoint folder"
@@ -113,10 +115,12 @@ def build_model(
     return wrapped
 
 
-def load_trained(folder: Path) -> TokenLossModel:
+def load_trained(folder: Path, *, trust_remote_code: bool = False) -> TokenLossModel:
     """Loads a model that an earlier stage saved."""
     transformers = _import_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
     return TokenLossModel(model.eval())
 
 
@@ -148,15 +152,9 @@ def _preset_config(name: str, tokens: TokenInfo, context_length: int) -> Any:
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokens.end_id,
-        pad_token_id=tokens.pad_id,
+        # A padding id would freeze its row of the embeddings, and padding is masked anyway.
+        pad_token_id=None,
     )
-
-
-def _is_config_only(path: Path) -> bool:
-    if path.is_file():
-        return True
-    weights = ("*.safetensors", "*.bin", "*.gguf")
-    return (path / "config.json").is_file() and not any(any(path.glob(pattern)) for pattern in weights)
 
 
 def _check_size(model: Any, name: str, tokens: TokenInfo, context_length: int) -> None:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doremi_mix.config import Config, apply_overrides, dump_yaml, merge, parse_config
+from doremi_mix.checks import check_model_name, check_proxy_batch, check_reference_weights, check_vocab_size
+from doremi_mix.config import Config, anchor_paths, apply_overrides, dump_yaml, merge, parse_config
 from doremi_mix.distributed import Processes, join_processes
+from doremi_mix.errors import ConfigError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
 from doremi_mix.progress import Narrator, format_seconds
 from doremi_mix.run import RunDirectory
 from doremi_mix.sources.files import find_files
 from doremi_mix.stages import run_pipeline
-from doremi_mix.stages.load import list_sources
+from doremi_mix.stages.load import list_sources, peek_sources
 from doremi_mix.types import DomainWeights
 
 PathLike = str | os.PathLike[str]
@@ -64,7 +66,7 @@ def learn(
     given = merge(given_sources([Path(path) for path in paths]), settings)
     if token_budget is not None:
         given = merge(given, {"mixture": {"token_budget": token_budget}})
-    with open_run(Path(run_dir), given, quiet=quiet) as opened:
+    with open_run(Path(run_dir), anchor_paths(given, Path.cwd()), quiet=quiet) as opened:
         announce(opened)
         run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
         return read_weights(opened.run)
@@ -77,21 +79,21 @@ def given_sources(paths: Sequence[Path]) -> dict[str, Any]:
         SourceNotFoundError: a path does not exist.
         DataError: a folder holds no data, or two files would have the same name.
     """
-    return {"sources": [{"path": str(path.resolve())} for path in find_files(paths)]}
+    return {"sources": [{"path": str(path.absolute())} for path in find_files(paths)]}
 
 
 def settings_from(
     base: Mapping[str, Any], overrides: Iterable[str] = (), token_budget: int | None = None
 ) -> dict[str, Any]:
     """Returns settings with those of the command line on top."""
-    data = apply_overrides(base, overrides)
+    data = anchor_paths(apply_overrides(base, overrides), Path.cwd())
     if token_budget is not None:
         data = merge(data, {"mixture": {"token_budget": token_budget}})
     return data
 
 
 def resolve(given: Mapping[str, Any], run: RunDirectory, where: str = "config") -> tuple[Config, str]:
-    """Validates settings and chooses what is left open.
+    """Validates settings, by themselves and against each other, and chooses what is left open.
 
     Args:
         given: the settings.
@@ -102,21 +104,61 @@ def resolve(given: Mapping[str, Any], run: RunDirectory, where: str = "config") 
         The configuration without choices left, and the kind of hardware.
     """
     config = parse_config(given, where=where)
-    num_domains = len(list_sources(config))
+    names = [source.name for source in list_sources(config)]
     hardware = run.describe()["hardware"] if run.exists() else detect_hardware()
-    return choose(config, num_domains, hardware), hardware
+    chosen = choose(config, len(names), hardware)
+    check_settings(chosen, names)
+    return chosen, hardware
+
+
+def check_settings(config: Config, names: Sequence[str]) -> None:
+    """Finds now what would otherwise stop a run after hours.
+
+    Raises:
+        ConfigError: settings contradict each other or the domains.
+        ModelError: a model is no preset, no path and no name of the hub.
+    """
+    from doremi_mix.stages.tokenize import make_template
+
+    make_template(config.tokenize)
+    check_vocab_size(config.tokenize.vocab_size, given=config.tokenize.tokenizer)
+    check_reference_weights(config, names)
+    check_proxy_batch(config, len(names))
+    for section in ("reference", "proxy"):
+        settings = getattr(config, section)
+        parts = settings.gradient_accumulation_steps or 1
+        if settings.batch_size < parts:
+            raise ConfigError(
+                f"{section}.gradient_accumulation_steps is {parts}, more than the {settings.batch_size} sequences of "
+                f"{section}.batch_size; lower it"
+            )
+        check_model_name(settings.model, f"{section}.model")
 
 
 @contextlib.contextmanager
-def open_run(path: Path, given: Mapping[str, Any], *, quiet: bool = False, where: str = "config") -> Iterator[OpenRun]:
+def open_run(
+    path: Path, given: Mapping[str, Any], *, quiet: bool = False, where: str = "config", needs_sources: bool = True
+) -> Iterator[OpenRun]:
     """Prepares a run: validates, locks the folder against a second process, stores the configuration.
+
+    Args:
+        path: the run directory.
+        given: the settings.
+        quiet: print nothing.
+        where: what to name in an error.
+        needs_sources: whether every source must be there (not for a stage after load).
 
     Raises:
         ConfigError: a setting is wrong; nothing was written.
+        SourceNotFoundError: a source is missing; nothing was written.
         RunDirectoryError: the folder is in use or is something else.
     """
     run = RunDirectory(path)
     config, hardware = resolve(given, run, where)
+    if needs_sources:
+        peek_sources(config)
+    # As it was understood: plain values, whatever the caller's types.
+    given = parse_config(given).model_dump(mode="json", by_alias=True, exclude_unset=True)
     processes = join_processes()
     narrator = Narrator(quiet=quiet or not processes.is_main)
     # All processes have looked at the folder before the first one writes into it.
@@ -125,6 +167,8 @@ def open_run(path: Path, given: Mapping[str, Any], *, quiet: bool = False, where
         if processes.is_main:
             run.save(given, hardware, dump_yaml(config.model_dump(mode="json", by_alias=True)))
         processes.wait()
+        if hardware != detect_hardware():
+            narrator.say(f"note: this run was planned for {hardware}, but goes on on {detect_hardware()}")
         yield OpenRun(run, config, narrator, processes)
 
 

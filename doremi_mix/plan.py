@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from doremi_mix.config import Config, TrainingConfig
-from doremi_mix.presets import PRESETS, Preset
+from doremi_mix.presets import PRESETS, Preset, is_config_only
 
 if TYPE_CHECKING:
     from doremi_mix.models import TokenInfo
@@ -69,16 +69,23 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
         update={
             "vocab_size": config.tokenize.vocab_size or preset.vocab_size,
             "context_length": config.tokenize.context_length or preset.context_length,
+            # A checkpoint's embeddings mean something under its own tokenizer only.
+            "tokenizer": config.tokenize.tokenizer or (None if model in PRESETS or is_config_only(model) else model),
         }
     )
     least = CUDA_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE
     batch_size = reference.batch_size or config.proxy.batch_size or max(least, 2 * num_domains)
     steps = reference.steps or config.proxy.steps or (CUDA_STEPS if on_gpu else CPU_STEPS)
-    rate = PRESETS[model].learning_rate if model in PRESETS else CHECKPOINT_LEARNING_RATE
+
+    def rate(name: str) -> float:
+        if name in PRESETS:
+            return PRESETS[name].learning_rate
+        # Fresh weights of some size are trained like those that the hardware would get.
+        return preset.learning_rate if is_config_only(name) else CHECKPOINT_LEARNING_RATE
 
     def filled(section: TrainingConfig, like: TrainingConfig) -> dict[str, object]:
         own_model = section.model or like.model or model
-        own_rate = section.learning_rate or like.learning_rate or rate
+        own_rate = section.learning_rate or (like.learning_rate if own_model == like.model else None) or rate(own_model)
         own_batch = section.batch_size or like.batch_size or batch_size
         own_steps = section.steps or like.steps or steps
         return {
@@ -104,7 +111,8 @@ def accumulation(section: TrainingConfig, context_length: int, num_processes: in
     if section.gradient_accumulation_steps is not None:
         return section.gradient_accumulation_steps
     assert section.batch_size is not None
-    return max(1, math.ceil(section.batch_size * context_length / (MICRO_BATCH_TOKENS * num_processes)))
+    wanted = math.ceil(section.batch_size * context_length / (MICRO_BATCH_TOKENS * num_processes))
+    return max(1, min(wanted, section.batch_size // num_processes))
 
 
 def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_000_000) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,15 @@ PRESETS: dict[str, Preset] = {
 }
 """tiny is for two CPU cores and a few minutes, small for many cores or any GPU; 120m and 280m are the sizes of the
 official DoReMi repository and of the paper, for a data-center GPU."""
+
+
+def is_config_only(name: str) -> bool:
+    """Says whether a model is given by its ``config.json`` alone, so that its weights start fresh."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return True
+    weights = ("*.safetensors", "*.bin", "*.gguf")
+    return (path / "config.json").is_file() and not any(any(path.glob(pattern)) for pattern in weights)
 
 
 def describe_presets() -> str:

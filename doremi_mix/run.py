@@ -26,10 +26,15 @@ CONFIG_FILE = "config.yaml"
 RUN_FORMAT = "doremi-mix/run"
 
 
+def temporary_of(path: Path) -> Path:
+    """Returns where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes a whole file or nothing: a reader sees the old content or the new, also after a crash."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
@@ -76,7 +81,9 @@ class RunDirectory:
             return True
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path}: is a file; choose another --run-dir")
-        if self.path.is_dir() and any(entry.name != ".lock" for entry in self.path.iterdir()):
+        # What a process killed in its first moments may leave is ours, too.
+        ours = {".lock", temporary_of(self.path / RUN_FILE).name}
+        if self.path.is_dir() and any(entry.name not in ours for entry in self.path.iterdir()):
             raise RunDirectoryError(f"{self.path}: is not empty and not a run directory; choose another --run-dir")
         return False
 
@@ -95,8 +102,9 @@ class RunDirectory:
 
     def save(self, given: Mapping[str, Any], hardware: str, resolved_yaml: str) -> None:
         """Stores the given settings, the kind of hardware that the rest was chosen for, and the resolved config."""
-        write_atomic(self.path / CONFIG_FILE, resolved_yaml)
+        # This file first: it is what makes the folder a run directory.
         write_json(self.path / RUN_FILE, {"format": RUN_FORMAT, "version": 1, "hardware": hardware, "given": given})
+        write_atomic(self.path / CONFIG_FILE, resolved_yaml)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

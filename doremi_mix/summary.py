@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.config import Config
 from doremi_mix.mixture import natural_weights
 from doremi_mix.report.table import make_rows
-from doremi_mix.run import RunDirectory, read_json
+from doremi_mix.run import CONFIG_FILE, RunDirectory, read_json
+from doremi_mix.stages import stage_states
 from doremi_mix.stages.training import available_tokens, open_store, read_columns
 from doremi_mix.stages.weights import WEIGHTS_FILE, read_weights
 
 
-def summarize(run: RunDirectory) -> dict[str, Any]:
+def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Collects the result of a run for ``--json`` and for the table.
 
     Returns:
@@ -29,7 +31,9 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
     available = available_tokens(store)
     weights = run.stage_path("weights")
     mixture = run.stage_path("mixture")
-    allocation = read_json(mixture / "allocation.json") if run.manifest("mixture") else None
+    # A mixture drawn with earlier weights is not part of this result.
+    is_current = stage_states(config, run)["mixture"] == "finished"
+    allocation = read_json(mixture / "allocation.json") if is_current else None
     path = read_columns(run.stage_path("proxy") / "trajectory.jsonl", names, ["domain_weights", "excess_loss"])
     # The mean over the updates, as the weights are.
     excess = dict(zip(names, path["excess_loss"].mean(axis=0).tolist(), strict=True))
@@ -57,17 +61,14 @@ def _largest_update(weights_TK: NDArray[np.float64], names: Sequence[str]) -> di
     return {"domain": names[int(domain_id)], "step": int(update) + 1, "domain_weight": weight}
 
 
-def next_commands(summary: dict[str, Any]) -> list[str]:
+def next_commands(summary: dict[str, Any], proxy_seed: int) -> list[str]:
     """Returns what to type next, each with a word on why."""
-    run_dir = shlex.quote(summary["run_dir"])
-    commands = [f"doremi-mix status --run-dir {run_dir}"]
+    run_dir = summary["run_dir"]
     if summary["mixture"] is None:
-        commands.insert(
-            0, f"doremi-mix mixture --run-dir {run_dir} --set mixture.token_budget=1000000   # draw the training set"
-        )
+        first = f"doremi-mix mixture --run-dir {shlex.quote(run_dir)} --set mixture.token_budget=1000000"
+        commands = [f"{first}   # draw the training set"]
     else:
-        commands.insert(0, f"head -n 3 {shlex.quote(summary['mixture'])}   # the training set")
-    commands.append(
-        f"doremi-mix proxy --run-dir {run_dir} --set proxy.seed=1   # another draw: how stable are the weights?"
-    )
-    return commands
+        commands = [f"head -n 3 {shlex.quote(summary['mixture'])}   # the training set"]
+    seed = proxy_seed + 1
+    again = f"doremi-mix run {shlex.quote(f'{run_dir}/{CONFIG_FILE}')} --run-dir {shlex.quote(f'{run_dir}-seed{seed}')}"
+    return [*commands, f"{again} --set proxy.seed={seed}   # another draw: what stays?"]

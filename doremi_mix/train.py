@@ -209,7 +209,7 @@ def make_accelerator() -> Any:
     from accelerate import Accelerator
 
     cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported()
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no")
 
 

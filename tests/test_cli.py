@@ -82,6 +82,34 @@ def test_bad_inputs(files, tmp_path_factory, fast, prepare, arguments, start, dr
         ("proxy.step_sise=1", "settings: unknown key proxy.step_sise; did you mean proxy.step_size?"),
         ("proxy.steps=0", "settings: proxy.steps must be greater than or equal to 1, got 0"),
         ("proxy.steps", "--set proxy.steps: expected key=value, for example --set proxy.steps=200"),
+        ("proxy.step_size=.inf", "settings: proxy.step_size must be a finite number, got inf"),
+        (
+            "reference.weights=5",
+            "settings: reference.weights must be natural, uniform or a mapping of domain to weight, got 5",
+        ),
+        (
+            "reference.weights={a: 1}",
+            "reference.weights: 'b' is missing from the weights; give one weight to each of ['a', 'b']",
+        ),
+        ("tokenize.vocab_size=10", "tokenize.vocab_size must be at least 258 (256 bytes and 2 special tokens), got 10"),
+        (
+            "tokenize.turn=Question",
+            "the template's turn must hold {query} exactly once, got 'Question'; put {query} where the instruction belongs",
+        ),
+        (
+            "proxy.batch_size=1",
+            "proxy.batch_size is 1, fewer than the 2 domains, each of which must be in every batch; "
+            "raise it to 2 or more",
+        ),
+        (
+            "proxy.gradient_accumulation_steps=99",
+            "proxy.gradient_accumulation_steps is 99, more than the 24 sequences of proxy.batch_size; lower it",
+        ),
+        (
+            "reference.model=tinny",
+            "reference.model: 'tinny' is no preset (tiny, small, 120m, 280m), no path that exists and no "
+            "hub name (owner/model); give one of these",
+        ),
     ],
 )
 def test_bad_settings_write_nothing(files, tmp_path, setting, message):
@@ -197,7 +225,7 @@ def test_closing_table(finished_run, tmp_path):
     assert result.exit_code == 0, result.stderr
     for text in ("natural", "learned", "ratio", "excess", "available", "allocated", "epochs", "水"):
         assert text in result.stdout
-    assert f"doremi-mix status --run-dir {run_dir}" in result.stdout
+    assert f"doremi-mix run {run_dir}/config.yaml --run-dir {run_dir}-seed1 --set proxy.seed=1" in result.stdout
     assert f"weights: {run_dir}/weights/domain_weights.json" in result.stdout
     assert result.stderr.count("up to date") == 7
 
@@ -206,3 +234,87 @@ def test_version():
     result = invoke("--version")
     assert result.exit_code == 0
     assert result.stdout.startswith("doremi-mix ")
+
+
+def test_a_stage_whose_input_has_other_settings(finished_run, tmp_path):
+    """The draws depend on the seed: without fresh reference losses, the proxy must not start, nor be deleted."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    assert_one_line(
+        invoke("proxy", "--run-dir", run_dir, "--set", "proxy.seed=1"),
+        f"reference_losses in {run_dir} was made with other settings; run: doremi-mix reference-losses --run-dir {run_dir}",
+    )
+    assert (run_dir / "proxy" / "manifest.json").exists()
+    assert invoke("reference-losses", "--run-dir", run_dir).exit_code == 0
+    assert invoke("proxy", "--run-dir", run_dir).exit_code == 0
+
+
+def test_an_old_mixture_is_not_shown_with_new_weights(corpus, finished_run, small_settings, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    settings = [
+        f"{section}.{key}={value}" for section in small_settings for key, value in small_settings[section].items()
+    ]
+    sets = [f"--set={setting}" for setting in [*settings, "proxy.step_size=3"]]
+    result = invoke("learn", corpus, "--run-dir", run_dir, *sets, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["mixture"] is None
+
+
+def test_links_keep_their_names(files, tmp_path_factory, fast):
+    blobs = tmp_path_factory.mktemp("blobs")
+    links = tmp_path_factory.mktemp("links")
+    for number, name in enumerate(("a", "b")):
+        (files / f"{name}.json").rename(blobs / f"deadbeef{number}")
+        (links / f"{name}.json").symlink_to(blobs / f"deadbeef{number}")
+    result = invoke("learn", links, "--run-dir", tmp_path_factory.mktemp("runs") / "run", *fast, "--dry-run", "--json")
+    assert [domain["domain"] for domain in json.loads(result.stdout)["domains"]] == ["a", "b"]
+
+
+def test_a_run_killed_in_its_first_moment_can_start_again(files, tmp_path_factory, fast):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    run_dir.mkdir()
+    (run_dir / ".lock").touch()
+    (run_dir / ".run.json.tmp").write_text("{half")
+    assert invoke("learn", files, "--run-dir", run_dir, *fast).exit_code == 0
+
+
+def test_config_paths_that_yaml_would_misread(tmp_path):
+    for name in ("a, b", "c [v2]", "d: {x}"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(ROWS))
+    result = invoke("init", tmp_path, "--out", tmp_path / "c.yaml")
+    assert result.exit_code == 0, result.stderr
+    names = [source["name"] for source in yaml.safe_load((tmp_path / "c.yaml").read_text())["sources"]]
+    assert names == ["a, b", "c [v2]", "d: {x}"]
+
+
+def test_a_missing_file_in_a_config(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("sources: [{path: a.json}, {path: b.json}]")
+    result = invoke("run", config, "--run-dir", tmp_path / "run")
+    assert_one_line(result, f"{tmp_path}/a.json: there is no such file; check the path")
+    assert not (tmp_path / "run").exists()
+    config.write_text("data_root: [1]\nsources: [{path: a.json}, {path: b.json}]")
+    assert_one_line(
+        invoke("run", config, "--run-dir", tmp_path / "run"),
+        f"{config}: data_root must be a folder's path, got [1]",
+    )
+
+
+def test_a_run_means_the_same_from_any_folder(files, model_config, tmp_path_factory, fast, monkeypatch):
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(model_config, home / "config.json")
+    monkeypatch.chdir(home)
+    arguments = [str(model_config) if argument == "x" else argument for argument in fast]
+    arguments = [
+        "--set=reference.model=config.json" if str(model_config) in a else a for a in arguments if a != "--set"
+    ]
+    arguments = [a if a.startswith("--set") else f"--set={a}" for a in arguments]
+    run_dir = home / "run"
+    assert invoke("learn", files, "--run-dir", run_dir, *arguments).exit_code == 0
+    away = tmp_path_factory.mktemp("away")
+    (away / "tiny").mkdir()
+    monkeypatch.chdir(away)
+    states = json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)
+    assert {state for stage, state in states.items() if stage != "mixture"} == {"finished"}
+    assert invoke("reference", "--run-dir", run_dir).stderr.splitlines()[-1] == "reference: up to date"

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from doremi_mix.demo import DEMO_DOMAINS, demo_rows, write_demo_corpus
+from doremi_mix.demo import DEMO_DOMAINS, demo_rows, planted_table, write_demo_corpus
 
 ROWS = demo_rows(seed=0)
 BY_ROLE = {
@@ -145,3 +145,21 @@ def test_answers_fill_but_never_overflow_a_context_of_128_tokens():
     # The contest's prompt takes some 40 tokens of a vocabulary trained on the corpus.
     assert lengths.min() >= 55
     assert lengths.max() <= 75
+
+
+def test_the_table_gives_each_role_one_line_of_a_narrow_terminal(capsys):
+    from rich.console import Console
+
+    weights = {domain.name: 0.01 for domain in DEMO_DOMAINS}
+    weights |= {"latin_learnable_1": 0.75, "hanzi_easy_2": 0.06}
+    Console(width=80).print(planted_table(weights))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "Planted role against learned weight"
+    assert [line.split() for line in lines[4:] if line] == [
+        ["learnable", "6", "0.20", "to", "15.00", "much", "weight"],
+        ["easy", "4", "0.20", "to", "1.20", "little:", "learned", "at", "once"],
+        ["noise", "4", "0.20", "to", "0.20", "least:", "nothing", "to", "learn"],
+        ["duplicated", "2", "0.20", "to", "0.20", "little:", "noise", "over", "few", "words"],
+        ["tiny", "2", "0.20", "to", "0.20", "least:", "too", "few", "rows"],
+        ["mixed_quality", "2", "0.20", "to", "0.20", "little:", "half", "of", "it", "is", "noise"],
+    ]

@@ -69,3 +69,16 @@ def test_all_ignored(kept):
     loss_BT.sum().backward()
     assert (loss_BT == 0).all()
     assert (head_VD.grad == 0).all()
+
+
+@pytest.mark.parametrize("kept", [WHOLE, CHUNKED])
+def test_autocast_uses_one_dtype_in_both_passes(kept):
+    hidden_BTD, head_VD, labels_BT = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_BT = linear_cross_entropy(hidden_BTD, head_VD, labels_BT, max_kept_logits=kept)
+    loss_BT.sum().backward()
+    # The gradient of the loss that was computed: of the inputs rounded to bfloat16.
+    rounded = hidden_BTD.detach().bfloat16().double().requires_grad_()
+    plain(rounded, head_VD.detach().bfloat16().double(), labels_BT).sum().backward()
+    assert loss_BT.dtype == torch.float32
+    assert torch.allclose(hidden_BTD.grad.double(), rounded.grad, atol=0.03)

@@ -165,3 +165,19 @@ def test_a_model_that_lets_documents_mix_is_refused(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "packed sequence" in refused(tmp_path / "config.json")
+
+
+def test_a_padding_id_freezes_nothing(tmp_path, model_config):
+    """OPT-style configs name a padding id that is an ordinary token of our tokenizer."""
+    config = {**json.loads(model_config.read_text()), "pad_token_id": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in (str(tmp_path / "config.json"), "tiny"):
+        embeddings = build_model(name, TokenInfo(50, end_id=1, pad_id=1), 16, seed=0).model.get_input_embeddings()
+        assert embeddings.padding_idx is None
+        assert embeddings.weight[1].abs().sum() > 0
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"garbage")
+    assert refused(tmp_path / "model").startswith(f"model {tmp_path / 'model'}: cannot be loaded (")

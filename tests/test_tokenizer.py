@@ -283,6 +283,20 @@ def test_numbers_lines_and_scripts_are_not_merged_across(bpe_file):
     ]
 
 
+def test_a_space_joins_the_han_word_that_follows(bpe_file):
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(bpe_file))
+    # A space of its own would double the tokens of spaced Chinese, and make every second one trivial to predict.
+    for text, pieces in {
+        "山水 风云": ["山水", " 风云"],
+        "用 Python 写": ["用", " Python", " 写"],
+        "山  水": ["山", " ", " 水"],
+    }.items():
+        spans = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(text)]
+        assert [text[start:end] for start, end in spans] == pieces
+
+
 def _byte_alphabet() -> tuple[list[str], list[int]]:
     """The byte that each character of a byte-level vocabulary stands for, as GPT-2 published it."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

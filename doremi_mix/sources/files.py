@@ -91,9 +91,19 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the SHA-256, in hexadecimal, of the bytes of a file as they lie on the disk (compressed or not)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the SHA-256, in hexadecimal, of the bytes of a file as they lie on the disk (compressed or not).
+
+    Raises:
+        SourceNotFoundError: there is no such file.
+        SourceFormatError: it is a folder, or cannot be opened.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise SourceNotFoundError(f"{path}: there is no such file; check the path") from None
+    except OSError as error:
+        raise SourceFormatError(f"{path}: cannot be opened ({short_reason(error)}); give a readable file") from None
 
 
 def detect_format(path: Path) -> str:

@@ -6,18 +6,21 @@ core and writes artifacts into ``context.folder``.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from doremi_mix.config import Config
 from doremi_mix.distributed import Processes
-from doremi_mix.errors import StageNotFinishedError
+from doremi_mix.errors import ConfigError, StageNotFinishedError
+from doremi_mix.presets import PRESETS
 from doremi_mix.progress import Narrator, format_seconds
 from doremi_mix.run import RunDirectory, fingerprint
+from doremi_mix.sources.files import sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +68,15 @@ def _load_settings(config: Config) -> Any:
 def _tokenize_settings(config: Config) -> Any:
     settings = config.tokenize.result_settings()
     if config.tokenize.tokenizer is not None:
-        settings["tokenizer"] = {"files": _files_of(config.tokenize.tokenizer)}
+        settings["tokenizer"] = _contents_of(config.tokenize.tokenizer)
         settings.pop("vocab_size")
     return settings
 
 
 def _model_settings(config: Config, section: str) -> Any:
     settings = getattr(config, section).result_settings()
-    return {**settings, "model": {"name": settings["model"], "files": _files_of(settings["model"])}}
+    # A preset is a preset, also where a folder of its name lies about.
+    return settings if settings["model"] in PRESETS else {**settings, "model": _contents_of(settings["model"])}
 
 
 def _draw_settings(config: Config) -> Any:
@@ -133,7 +137,7 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
     """Returns the fingerprint that the stage's result must have under this configuration.
 
     Raises:
-        StageNotFinishedError: a stage that it reads from has no result.
+        StageNotFinishedError: a stage that it reads from has no result, or one that was made with other settings.
     """
     upstream: dict[str, str] = {}
     for name in stage.reads:
@@ -141,6 +145,12 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
         if manifest is None:
             raise StageNotFinishedError(
                 f"{name} has not finished in {run.path}; run: doremi-mix {command_of(name)} --run-dir {run.path}"
+            )
+        # The sources of load may be gone by now, so what it kept is taken as it is.
+        if name != "load" and manifest["fingerprint"] != wanted_fingerprint(stage_named(name), config, run):
+            raise StageNotFinishedError(
+                f"{name} in {run.path} was made with other settings; "
+                f"run: doremi-mix {command_of(name)} --run-dir {run.path}"
             )
         upstream[name] = manifest["fingerprint"]
     return fingerprint(
@@ -164,6 +174,8 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
     # No process may touch the folder before all have looked at it.
     processes.wait()
     if manifest is not None and manifest["fingerprint"] == wanted:
+        if processes.is_main:
+            _remove_scratch(stage, run)
         narrator.say(f"{stage.name}: up to date")
         return False
     start = time.monotonic()
@@ -173,12 +185,19 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
     folder = run.stage_path(stage.name)
     if stage.parallel or processes.is_main:
         module = importlib.import_module(f"doremi_mix.stages.{stage.name}")
-        said = module.run(StageContext(config, run, folder, narrator, processes))
+        try:
+            said = module.run(StageContext(config, run, folder, narrator, processes))
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            raise ConfigError(
+                f"{stage.name}: the GPU's memory is full; raise {stage.name}.gradient_accumulation_steps (the result "
+                "stays the same), or choose a smaller model or tokenize.context_length"
+            ) from None
         processes_done = time.monotonic() - start
         if processes.is_main:
             run.finish(stage.name, wanted, {"seconds": round(processes_done, 3), "settings": stage.settings(config)})
-            for name in stage.scratch:
-                (folder / name).unlink(missing_ok=True)
+            _remove_scratch(stage, run)
             narrator.say(f"{stage.name}: {said} ({format_seconds(processes_done)})")
     processes.wait()
     return True
@@ -206,23 +225,32 @@ def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
             states[stage.name] = "partial" if run.stage_path(stage.name).exists() else "not started"
             continue
         states[stage.name] = "finished"
-        upstream_fresh = all(states[name] == "finished" for name in stage.reads)
         if stage.name == "load":
             continue  # its fingerprint needs the sources, which may be gone by now
-        if not upstream_fresh or wanted_fingerprint(stage, config, run) != manifest["fingerprint"]:
+        try:
+            wanted = wanted_fingerprint(stage, config, run)
+        except StageNotFinishedError:
+            wanted = ""
+        if wanted != manifest["fingerprint"]:
             states[stage.name] = "outdated"
     return states
 
 
-def _files_of(name_or_path: str) -> Mapping[str, Any] | None:
-    """Returns names and sizes of a local model's or tokenizer's files, with the content of the small ones."""
-    from doremi_mix.sources.files import sha256_of
+def _remove_scratch(stage: Stage, run: RunDirectory) -> None:
+    for name in stage.scratch:
+        (run.stage_path(stage.name) / name).unlink(missing_ok=True)
 
-    path = Path(name_or_path)
+
+def _contents_of(name_or_path: str) -> Any:
+    """Returns the sha256 of each file of a local model or tokenizer; the name itself for one on the hub."""
+    path = Path(name_or_path).expanduser()
     if not path.exists():
-        return None
+        return name_or_path
     files = sorted(file for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
-    small = 64 * 2**20
-    return {
-        file.name: sha256_of(file) if file.stat().st_size < small else {"bytes": file.stat().st_size} for file in files
-    }
+    return {file.name: _sha256_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+@functools.cache
+def _sha256_once(path: Path, _size: int, _modified: int) -> str:
+    """A checkpoint is large and asked for by several stages: one process reads it once."""
+    return sha256_of(path)

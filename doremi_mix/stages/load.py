@@ -120,6 +120,16 @@ def describe_sources(config: Config) -> list[dict[str, Any]]:
     ]
 
 
+def peek_sources(config: Config) -> None:
+    """Opens every source and reads its first rows, so that a missing or unreadable one stops a run before it starts.
+
+    Raises:
+        DataError: a source does not exist, cannot be read, or fits no schema.
+    """
+    for source in list_sources(config):
+        open_source(source)
+
+
 def check_sources(config: Config, narrator: Narrator) -> list[SourceCounts]:
     """Reads every row of every source and writes nothing, for ``--dry-run``.
 
@@ -176,7 +186,7 @@ def run(context: StageContext) -> str:
     return f"{num_rows:,} rows = {num_kept:,} kept + {num_rows - num_kept:,} rejected"
 
 
-def read_examples(folder: Path, domain: str, chunk_size: int = 1024) -> Iterator[list[Example]]:
+def read_examples(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list[Example]]:
     """Reads back what the stage kept of a domain, in order, in lists of at most ``chunk_size``."""
     import pyarrow.parquet as pq
 
@@ -198,7 +208,7 @@ def read_examples(folder: Path, domain: str, chunk_size: int = 1024) -> Iterator
             ]
 
 
-def read_rows(folder: Path, domain: str, chunk_size: int = 4096) -> Iterator[list[str]]:
+def read_rows(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list[str]]:
     """Reads back the input rows of a domain's kept examples, each as one line of JSON."""
     import pyarrow.parquet as pq
 

@@ -52,7 +52,10 @@ def run(context: StageContext) -> str:
     ids = proxy_schedule(context.config, store).drawn()
     T = store.context_length
     accelerator = make_accelerator()
-    model = load_trained(context.run.stage_path("reference") / "model").to(accelerator.device)
+    model = load_trained(
+        context.run.stage_path("reference") / "model",
+        trust_remote_code=context.config.reference.trust_remote_code,
+    ).to(accelerator.device)
     path = context.folder / "losses.f32"
     if context.processes.is_main:
         _prepare(context.folder, ids, path, num_bytes=len(ids) * T * 4)

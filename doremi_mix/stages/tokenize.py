@@ -21,7 +21,7 @@ from doremi_mix.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
 from doremi_mix.tokens import CONTEST_TEMPLATE, Template, encode_examples, held_out_split, prompt_key, render, truncate
 from doremi_mix.types import Domains
 
-CHUNK_SIZE = 2048
+CHUNK_SIZE = 512
 
 
 def make_template(config: TokenizeConfig) -> Template:

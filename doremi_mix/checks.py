@@ -1,0 +1,59 @@
+"""Settings that contradict each other or the data, found before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from doremi_mix.config import Config
+from doremi_mix.errors import ConfigError, ModelError
+from doremi_mix.presets import PRESETS
+
+SMALLEST_VOCABULARY = 258
+"""The 256 bytes and two special tokens of a byte-level BPE."""
+
+
+def check_vocab_size(vocab_size: int | None, *, given: str | None) -> None:
+    """Raises ConfigError when a BPE of this size cannot be trained; a given tokenizer has its own size."""
+    if given is None and vocab_size is not None and vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"tokenize.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and 2 special tokens), "
+            f"got {vocab_size}"
+        )
+
+
+def check_reference_weights(config: Config, names: Sequence[str]) -> None:
+    """Raises ConfigError when given reference weights miss a domain, name an unknown one, or are not positive."""
+    weights = config.reference.weights
+    if not isinstance(weights, dict):
+        return
+    for name in sorted(set(weights) ^ set(names)):
+        problem = "is missing from" if name in names else "is no domain, but stands in"
+        raise ConfigError(
+            f"reference.weights: {name!r} {problem} the weights; give one weight to each of {list(names)}"
+        )
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight <= 0:
+            raise ConfigError(f"reference.weights: the weight of {name!r} must be a positive number, got {weight}")
+
+
+def check_proxy_batch(config: Config, num_domains: int) -> None:
+    """Raises ConfigError when the proxy's batch has fewer sequences than there are domains."""
+    batch_size = config.proxy.batch_size
+    if batch_size is not None and batch_size < num_domains:
+        raise ConfigError(
+            f"proxy.batch_size is {batch_size}, fewer than the {num_domains} domains, each of which must be in every "
+            f"batch; raise it to {num_domains} or more"
+        )
+
+
+def check_model_name(name: str, key: str) -> None:
+    """Raises ModelError for what is no preset, no path and no name of the hub."""
+    if name in PRESETS or Path(name).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return
+    raise ModelError(
+        f"{key}: {name!r} is no preset ({', '.join(PRESETS)}), no path that exists and no hub name (owner/model); "
+        "give one of these"
+    )

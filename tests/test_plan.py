@@ -1,0 +1,69 @@
+"""What is chosen when nothing is given."""
+
+import pytest
+
+from doremi_mix.config import parse_config
+from doremi_mix.plan import MICRO_BATCH_TOKENS, accumulation, choose
+from doremi_mix.presets import PRESETS
+
+SOURCES = {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
+
+
+def chosen(num_domains=20, hardware="cpu", **sections):
+    return choose(parse_config({**SOURCES, **sections}), num_domains, hardware)
+
+
+def test_nothing_is_left_open():
+    for hardware, model, context in (("cpu", "tiny", 256), ("cuda", "120m", 1024)):
+        config = chosen(hardware=hardware)
+        assert config.reference.model == config.proxy.model == model
+        assert config.tokenize.context_length == context
+        for section in (config.reference, config.proxy):
+            assert None not in (section.steps, section.batch_size, section.learning_rate, section.checkpoint_every)
+
+
+def test_every_domain_is_in_every_batch_twice():
+    assert chosen(num_domains=20).proxy.batch_size == 40
+    assert chosen(num_domains=200, hardware="cuda").proxy.batch_size == 400
+
+
+def test_the_proxy_is_like_the_reference_unless_told():
+    config = chosen(reference={"model": "small", "steps": 7, "batch_size": 50, "learning_rate": 0.5})
+    assert config.proxy.model_dump(include={"model", "steps", "batch_size", "learning_rate"}) == {
+        "model": "small",
+        "steps": 7,
+        "batch_size": 50,
+        "learning_rate": 0.5,
+    }
+
+
+def test_a_learning_rate_belongs_to_its_model():
+    config = chosen(reference={"model": "tiny"}, proxy={"model": "280m"})
+    assert config.reference.learning_rate == PRESETS["tiny"].learning_rate
+    assert config.proxy.learning_rate == PRESETS["280m"].learning_rate
+    pretrained = chosen(reference={"model": "tiny"}, proxy={"model": "some/checkpoint"})
+    assert pretrained.proxy.learning_rate == 2e-5
+
+
+def test_a_checkpoint_brings_its_tokenizer(model_config):
+    assert chosen(reference={"model": "some/checkpoint"}).tokenize.tokenizer == "some/checkpoint"
+    assert chosen(reference={"model": "tiny"}).tokenize.tokenizer is None
+    assert chosen(reference={"model": str(model_config)}).tokenize.tokenizer is None
+    given = chosen(reference={"model": "some/checkpoint"}, tokenize={"tokenizer": "mine"})
+    assert given.tokenize.tokenizer == "mine"
+
+
+def test_micro_batches_fit_and_never_outnumber_sequences():
+    proxy = chosen(proxy={"batch_size": 64}).proxy
+    assert accumulation(proxy, MICRO_BATCH_TOKENS // 64, 1) == 1
+    assert accumulation(proxy, MICRO_BATCH_TOKENS // 16, 1) == 4
+    assert accumulation(proxy, MICRO_BATCH_TOKENS // 16, 2) == 2
+    assert accumulation(proxy, MICRO_BATCH_TOKENS * 10, 1) == 64
+    given = chosen(proxy={"gradient_accumulation_steps": 3}).proxy
+    assert accumulation(given, 8, 1) == 3
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "cuda"])
+def test_choosing_twice_changes_nothing(hardware):
+    config = chosen(hardware=hardware)
+    assert choose(config, 20, hardware) == config
