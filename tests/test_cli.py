@@ -94,7 +94,8 @@ def test_bad_inputs(files, tmp_path_factory, fast, prepare, arguments, start, dr
         ("tokenize.vocab_size=10", "tokenize.vocab_size must be at least 258 (256 bytes and 2 special tokens), got 10"),
         (
             "tokenize.turn=Question",
-            "the template's turn must hold {query} exactly once, got 'Question'; put {query} where the instruction belongs",
+            "the template's turn must hold {query} exactly once, got 'Question'; "
+            "put {query} where the instruction belongs",
         ),
         (
             "proxy.batch_size=1",

@@ -87,12 +87,13 @@ def test_tiny_domains_have_two_dozen_learnable_rows():
         assert successor_share(answers(domain.name))[0] == pytest.approx(0.61, abs=0.05)
 
 
-def test_every_second_row_of_mixed_quality_is_noise():
+def test_two_of_three_rows_of_mixed_quality_are_noise():
     for domain in BY_ROLE["mixed_quality"]:
         walks = answers(domain.name)
-        assert successor_share(walks[0::2])[0] == pytest.approx(0.604, abs=0.015)
-        # The most frequent of 96 equally likely followers, seen some 130 times a word, leads by chance alone.
-        assert successor_share(walks[1::2])[0] < 0.06
+        assert successor_share(walks[0::3])[0] == pytest.approx(0.604, abs=0.02)
+        # The most frequent of 96 equally likely followers, seen some 90 times a word, leads by chance alone.
+        for noise in (walks[1::3], walks[2::3]):
+            assert successor_share(noise)[0] < 0.06
 
 
 def test_lexicons_do_not_overlap():
@@ -161,5 +162,5 @@ def test_the_table_gives_each_role_one_line_of_a_narrow_terminal(capsys):
         ["noise", "4", "0.20", "to", "0.20", "least:", "nothing", "to", "learn"],
         ["duplicated", "2", "0.20", "to", "0.20", "little:", "noise", "over", "few", "words"],
         ["tiny", "2", "0.20", "to", "0.20", "least:", "too", "few", "rows"],
-        ["mixed_quality", "2", "0.20", "to", "0.20", "little:", "half", "of", "it", "is", "noise"],
+        ["mixed_quality", "2", "0.20", "to", "0.20", "little:", "two", "thirds", "are", "noise"],
     ]
