@@ -243,7 +243,8 @@ def test_a_stage_whose_input_has_other_settings(finished_run, tmp_path):
     shutil.copytree(finished_run, run_dir)
     assert_one_line(
         invoke("proxy", "--run-dir", run_dir, "--set", "proxy.seed=1"),
-        f"reference_losses in {run_dir} was made with other settings; run: doremi-mix reference-losses --run-dir {run_dir}",
+        f"reference_losses in {run_dir} was made with other settings; "
+        f"run: doremi-mix reference-losses --run-dir {run_dir}",
     )
     assert (run_dir / "proxy" / "manifest.json").exists()
     assert invoke("reference-losses", "--run-dir", run_dir).exit_code == 0
