@@ -13,10 +13,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,16 +25,11 @@ from torch import Tensor
 
 from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import cut_log, load_checkpoint, save_checkpoint
-from doremi_mix.dro import DomainSums, GroupDROState, domain_sums, init_group_dro, step_domain_weights, weighted_loss
 from doremi_mix.errors import ConfigError, DivergedError
 from doremi_mix.models import TokenLossModel
+from doremi_mix.objectives import MicroBatch, Objective
 from doremi_mix.progress import Tracker
 from doremi_mix.store import TokenStore
-from doremi_mix.types import Domains
-
-MicroBatch = dict[str, Tensor]
-"""Tensors of one forward pass: input_ids_BT, labels_BT, position_ids_BT, document_ids_BT, domain_ids_B and, for the
-proxy, reference_loss_BT."""
 
 FLUSH_EVERY = 20
 """Steps between readings of the losses from the device: each one waits for it."""
@@ -71,134 +66,6 @@ class TrainingPlan:
             return self.learning_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-class Objective(Protocol):
-    """What a training step minimizes."""
-
-    def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
-        """Adds the gradient of one step; returns what to log, still on the device."""
-        ...
-
-    def record(self, step: int, logged: Tensor) -> tuple[dict[str, Any], float]:
-        """Turns what was logged into a JSON object and the loss to show."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint must keep."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what ``state`` returned."""
-        ...
-
-
-class PlainObjective:
-    """The mean loss over the unmasked tokens of the effective batch."""
-
-    def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
-        """Adds the gradient of one step; logs the sum of losses and the number of tokens."""
-        num_tokens = torch.stack([counted(batch).sum() for batch in batches]).sum()
-        num_tokens = accelerator.reduce(num_tokens, "sum")
-        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for batch, sync in _with_sync(model, batches, accelerator):
-            with sync:
-                loss = forward(model, batch).sum() / num_tokens
-                # Processes average their gradients; the objective is a sum over them.
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach().double()
-        return torch.stack([accelerator.reduce(total, "sum"), num_tokens.double()])
-
-    def record(self, step: int, logged: Tensor) -> tuple[dict[str, Any], float]:
-        """Returns step, loss (nats per token) and tokens."""
-        loss = float(logged[0])
-        return {"step": step, "loss": loss, "num_tokens": int(logged[1])}, loss
-
-    def state(self) -> dict[str, Any]:
-        """There is nothing to keep."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """There is nothing to take back."""
-
-
-class GroupDROObjective:
-    """DoReMi's proxy objective: update the domain weights from the batch, then weight the batch with them.
-
-    With one micro-batch per process, one forward pass serves both.  With several, a first pass without gradient finds
-    the excess losses of the whole effective batch (a third more operations; memory stays that of one micro-batch).
-    """
-
-    def __init__(self, domains: Domains, *, step_size: float, smoothing: float) -> None:
-        self.domains = domains
-        self.step_size = step_size
-        self.smoothing = smoothing
-        self.dro = init_group_dro(len(domains))
-
-    def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
-        """Updates the domain weights and adds the gradient; logs weights and sums, shape [6, K]."""
-        losses = []
-        parts = []
-        for batch in batches:
-            with nullcontext() if len(batches) == 1 else torch.no_grad():
-                losses.append(forward(model, batch))
-            parts.append(
-                domain_sums(
-                    losses[-1].detach(),
-                    batch["reference_loss_BT"],
-                    counted(batch),
-                    batch["domain_ids_B"],
-                    len(self.domains),
-                )
-            )
-        local = torch.stack([torch.stack(part) for part in parts]).sum(0)
-        sums = DomainSums(*accelerator.reduce(local, "sum").unbind(0))
-        dro = GroupDROState(
-            self.dro.weights_K.to(local.device), self.dro.weight_sum_K.to(local.device), self.dro.num_updates
-        )
-        self.dro, _ = step_domain_weights(dro, sums, step_size=self.step_size, smoothing=self.smoothing)
-        for (batch, sync), known_loss in zip(_with_sync(model, batches, accelerator), losses, strict=True):
-            with sync:
-                loss_BT = known_loss if len(batches) == 1 else forward(model, batch)
-                loss = weighted_loss(
-                    loss_BT, counted(batch), batch["domain_ids_B"], self.dro.weights_K, sums.num_tokens_K
-                )
-                accelerator.backward(loss * accelerator.num_processes)
-        return torch.stack([self.dro.weights_K, *sums])
-
-    def record(self, step: int, logged: Tensor) -> tuple[dict[str, Any], float]:
-        """Returns one line of ``trajectory.jsonl`` (see ``types.TrajectoryPoint``) and the weighted loss."""
-        weights_K, sums = logged[0], DomainSums(*logged[1:].unbind(0))
-        columns = {
-            "domain_weights": weights_K,
-            "excess_loss": sums.mean(sums.excess_K),
-            "unclipped_excess_loss": sums.mean(sums.unclipped_excess_K),
-            "proxy_loss": sums.mean(sums.proxy_loss_K),
-            "reference_loss": sums.mean(sums.reference_loss_K),
-        }
-        values = {key: dict(zip(self.domains, column.tolist(), strict=True)) for key, column in columns.items()}
-        return {"step": step, **values}, float((weights_K * columns["proxy_loss"]).sum())
-
-    def state(self) -> dict[str, Any]:
-        """Returns the weights, their sum and the number of updates."""
-        return {**self.dro._asdict()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes back what ``state`` returned."""
-        self.dro = GroupDROState(**state)
-
-
-def forward(model: Any, batch: MicroBatch) -> Tensor:
-    """Returns the loss on each token, shape [B, T]."""
-    loss_BT: Tensor = model(
-        batch["input_ids_BT"], batch["labels_BT"], batch["position_ids_BT"], batch["document_ids_BT"]
-    )
-    return loss_BT
-
-
-def counted(batch: MicroBatch) -> Tensor:
-    """Returns the loss mask, shape [B, T]: true where a token counts."""
-    return batch["labels_BT"] != -100
 
 
 def make_accelerator() -> Any:
@@ -382,12 +249,6 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     if device.type == "cpu":
         return batch
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _with_sync(model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Iterator[tuple[MicroBatch, Any]]:
-    """Pairs each micro-batch with a context in which only the last one exchanges gradients between processes."""
-    for i, batch in enumerate(batches):
-        yield batch, nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from doremi_mix.dro import average_weights
 from doremi_mix.models import build_model, num_parameters
+from doremi_mix.objectives import GroupDROObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.reference_losses import ReferenceLosses
@@ -20,7 +21,6 @@ from doremi_mix.stages.training import (
     train_model,
     write_metrics,
 )
-from doremi_mix.train import GroupDROObjective
 
 
 def run(context: StageContext) -> str:

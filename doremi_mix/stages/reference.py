@@ -7,6 +7,7 @@ Writes ``model/``, ``training.jsonl`` (step, loss), ``weights.json`` (the refere
 from __future__ import annotations
 
 from doremi_mix.models import build_model, num_parameters
+from doremi_mix.objectives import PlainObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.training import (
@@ -19,7 +20,6 @@ from doremi_mix.stages.training import (
     train_model,
     write_metrics,
 )
-from doremi_mix.train import PlainObjective
 
 
 def run(context: StageContext) -> str:

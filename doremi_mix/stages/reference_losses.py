@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from doremi_mix.models import load_trained
+from doremi_mix.objectives import forward
 from doremi_mix.run import read_json, write_atomic, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.training import SCORE_TOKENS, open_store, proxy_schedule
-from doremi_mix.train import forward, load_batch, make_accelerator, to_device
+from doremi_mix.train import load_batch, make_accelerator, to_device
 
 SCORED = "scored.json"
 SAVE_EVERY = 32

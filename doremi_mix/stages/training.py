@@ -21,11 +21,12 @@ from doremi_mix.config import Config, TrainingConfig
 from doremi_mix.evaluation import score_sequences, summarize_losses
 from doremi_mix.mixture import natural_weights
 from doremi_mix.models import TokenInfo, TokenLossModel
+from doremi_mix.objectives import Objective, counted, forward
 from doremi_mix.plan import accumulation
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.store import Split, TokenStore
-from doremi_mix.train import Objective, TrainingPlan, counted, forward, load_batch, to_device, train
+from doremi_mix.train import TrainingPlan, load_batch, to_device, train
 from doremi_mix.types import DomainLoss, Domains
 
 SCORE_TOKENS = 16_384
