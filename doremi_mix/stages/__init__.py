@@ -180,27 +180,33 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
         return False
     start = time.monotonic()
     if processes.is_main:
-        folder = run.begin(stage.name, wanted, resumable=stage.resumable)
+        run.begin(stage.name, wanted, resumable=stage.resumable)
     processes.wait()
-    folder = run.stage_path(stage.name)
     if stage.parallel or processes.is_main:
-        module = importlib.import_module(f"doremi_mix.stages.{stage.name}")
-        try:
-            said = module.run(StageContext(config, run, folder, narrator, processes))
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise ConfigError(
-                f"{stage.name}: the GPU's memory is full; raise {stage.name}.gradient_accumulation_steps (the result "
-                "stays the same), or choose a smaller model or tokenize.context_length"
-            ) from None
-        processes_done = time.monotonic() - start
-        if processes.is_main:
-            run.finish(stage.name, wanted, {"seconds": round(processes_done, 3), "settings": stage.settings(config)})
-            _remove_scratch(stage, run)
-            narrator.say(f"{stage.name}: {said} ({format_seconds(processes_done)})")
+        said = _execute(stage, StageContext(config, run, run.stage_path(stage.name), narrator, processes))
+    if processes.is_main:
+        seconds = time.monotonic() - start
+        run.finish(stage.name, wanted, {"seconds": round(seconds, 3), "settings": stage.settings(config)})
+        _remove_scratch(stage, run)
+        narrator.say(f"{stage.name}: {said} ({format_seconds(seconds)})")
     processes.wait()
     return True
+
+
+def _execute(stage: Stage, context: StageContext) -> str:
+    """Runs a stage's module; returns its one line.  A full GPU is something that the user can mend."""
+    module = importlib.import_module(f"doremi_mix.stages.{stage.name}")
+    try:
+        said: str = module.run(context)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        trains = stage.name in ("reference", "proxy")
+        more = f"raise {stage.name}.gradient_accumulation_steps (the result stays the same), or " if trains else ""
+        raise ConfigError(
+            f"{stage.name}: the GPU's memory is full; {more}choose a smaller reference.model or tokenize.context_length"
+        ) from None
+    return said
 
 
 def run_pipeline(config: Config, run: RunDirectory, narrator: Narrator, processes: Processes) -> None:
