@@ -21,8 +21,8 @@ mixed_quality    one learnable row, then two of noise           mostly low: the 
 ================ ============================================== ======================================================
 
 The table is what DoReMi does in this short run, not what one should wish for: that a tiny domain of good rows sinks is
-a weakness of the method that the demo shows rather than hides.  The order of the roles holds for other seeds; the order
-of the learnable domains among themselves, which are alike, is luck.
+a weakness of the method that the demo shows rather than hides.  That learnable leads, easy follows and noise sinks
+holds for other seeds; the order of the learnable domains among themselves, which are alike, is luck.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A tokenizer is a function from texts to ids whose output never holds a control token.
 
 Three kinds are read: Hugging Face ``tokenizer.json`` files, bare SentencePiece models, and whatever else transformers
-can load.  They end as one concrete class, because the pipeline asks only one thing of them.  A byte-level BPE can also
-be trained on the data, so that a first run needs no download.
+can load.  They end as one concrete class, because the pipeline asks only one thing of them.
 
 Nothing heavy is imported at the top: tokenizers, sentencepiece and transformers load in the functions that use them.
 """
@@ -13,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +20,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_mix.errors import ConfigError, ModelError
+from doremi_mix.bpe import END_TOKEN, PAD_TOKEN, without_surrogates
+from doremi_mix.errors import ModelError
 
 if TYPE_CHECKING:
     import tokenizers
 
-PAD_TOKEN = "<|pad|>"
-END_TOKEN = "<|end|>"
 # What the publishers of tokenizers call the end of a document, for files that do not say which of their tokens it is.
 _USUAL_END_TOKENS = (
     *("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>"),
     END_TOKEN,
 )
-
-# Spaces join the word that follows, digits stand alone so that numbers are read digit by digit, Han text is kept apart
-# from the Latin words inside it, and line breaks end a piece, so that "\n\n" is learned as one token.
-_PRE_TOKEN_PATTERN = r" ?\p{Han}+| ?(?:(?!\p{Han})[\p{L}\p{M}])+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # A token that a person might type but only a program should write: <|im_start|>, <reserved_106>, [INST], <<SYS>>.
 # Byte pieces (<0x0A>), comments (<!--) and the tags of HTML are text.
@@ -106,7 +100,7 @@ class Tokenizer:
         Returns:
             The ids of all texts one after the other, shape [N], and the number of ids of each text, shape [len(texts)].
         """
-        texts = _without_surrogates(texts)
+        texts = without_surrogates(texts)
         ids_by_text = self.encode_raw(texts) if texts else []
         ids_N, lengths = _flatten(ids_by_text)
         forbidden_N = self._is_forbidden[ids_N]
@@ -138,48 +132,6 @@ class Tokenizer:
             else:
                 ids.extend(self._encode_in_pieces(piece))
         return ids
-
-
-def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Trains a byte-level BPE, with which any text can be written.
-
-    The same texts in the same order give the same ``tokenizer.json``, byte for byte.
-
-    Args:
-        texts: the training texts; consumed once, never held whole.
-        vocab_size: the largest number of tokens; fewer come out when the texts are too small for that many merges.
-
-    Returns:
-        The trained tokenizer; id 0 is ``<|pad|>`` and id 1 is ``<|end|>``.  Store it with ``save(path)`` and read it
-        back with ``load_tokenizer(path)``.
-
-    Raises:
-        ConfigError: ``vocab_size`` has no room for the 256 bytes and the two special tokens.
-    """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + 2
-    if vocab_size < smallest:
-        raise ConfigError(
-            f"vocab_size is too small: expected at least {smallest} (256 bytes and 2 special tokens), "
-            f"got {vocab_size}; 4096 suits small runs"
-        )
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    pieces = pre_tokenizers.Split(tokenizers.Regex(_PRE_TOKEN_PATTERN), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[PAD_TOKEN, END_TOKEN],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((_without_surrogates([text])[0] for text in texts), trainer)
-    return tokenizer
 
 
 def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -438,14 +390,6 @@ def _digest(files: Sequence[Path]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _without_surrogates(texts: Sequence[str]) -> Sequence[str]:
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        return [text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace") for text in texts]
-    return texts
 
 
 def _flatten(ids_by_text: Sequence[Sequence[int]]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:

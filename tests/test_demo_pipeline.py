@@ -19,14 +19,16 @@ def test_the_demo_finds_what_was_planted(tmp_path):
         ratios.setdefault(domain.role, []).append(weights[domain.name] * 20)
     means = {role: sum(values) / len(values) for role, values in ratios.items()}
 
-    # Measured over draws of corpus and seeds: learnable 1.8 to 4.0 (mean 2.6), easy 0.6 to 1.0, others below 0.5.  How threads split a sum changes the path of the weights, so what is asserted is the order and not the size.
+    # Measured over draws of corpus and seeds: learnable 1.8 to 4.0 (mean 2.6), easy 0.6 to 1.0, others below 0.5.  How
+    # threads split a sum changes the path of the weights, so what is asserted is the order and not the size.
     assert min(ratios["learnable"]) > max(ratios["noise"]), ratios
     assert all(means["learnable"] > 1.5 * mean for role, mean in means.items() if role != "learnable"), means
     assert max(ratios["noise"]) < 0.5, ratios
-    # The honest part: few good rows do not count for the method.
-    assert max(ratios["tiny"]) < means["learnable"], ratios
+    # The honest part: a few good rows count for little.
+    assert max(ratios["tiny"]) < 1, ratios
 
-    assert "were cut for the proxy" not in result.stderr, "an answer does not fit its sequence"
+    assert "7,808 sequences of 128 tokens" in result.output
+    assert "were cut for the proxy" not in result.output, "an answer does not fit its sequence"
     table = result.stdout[result.stdout.index("Planted role against learned weight") :].splitlines()
     assert max(map(len, table)) <= 80
     cells = [line.split(maxsplit=5) for line in table[4:] if line.strip()]

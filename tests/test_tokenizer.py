@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from doremi_mix.bpe import train_byte_level_bpe
 from doremi_mix.errors import ConfigError, ModelError
-from doremi_mix.tokenizer import Tokenizer, load_tokenizer, looks_like_marker, train_byte_level_bpe
+from doremi_mix.tokenizer import Tokenizer, load_tokenizer, looks_like_marker
 
 SHARED = Path(os.environ.get("DOREMI_MIX_SHARED", Path(__file__).parents[1].parent / "shared"))
 BAICHUAN = SHARED / "data" / "contest" / "baichuan2_tokenizer"

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from doremi_mix.bpe import train_byte_level_bpe
 from doremi_mix.config import TokenizeConfig
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import loaded_path, read_examples, read_summary
 from doremi_mix.store import TokenStore, TokenStoreWriter
-from doremi_mix.tokenizer import Tokenizer, load_tokenizer, train_byte_level_bpe
+from doremi_mix.tokenizer import Tokenizer, load_tokenizer
 from doremi_mix.tokens import CONTEST_TEMPLATE, Template, encode_examples, held_out_split, prompt_key, render, truncate
 from doremi_mix.types import Domains
 
