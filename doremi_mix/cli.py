@@ -76,7 +76,10 @@ def learn(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Learns domain weights from files, and draws the mixture under --token-budget."""
+    """Learns domain weights from files, and draws the mixture under --token-budget.
+
+    Every setting is explained in the file that "doremi-mix init" writes; presets of models: "doremi-mix --help".
+    """
     from doremi_mix.config import load_config_file
     from doremi_mix.pipeline import given_sources, settings_from
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from doremi_mix.stages import StageContext
 
+REJECTIONS = "rejections"
+"""The rows that were not kept lie beside the domains, under this name."""
+
 CHUNK_BYTES = 16 * 2**20
 """How much row text is held before it is written: bounds memory whatever the length of the rows."""
 
@@ -70,6 +73,7 @@ def list_sources(config: Config) -> list[Source]:
 
     Raises:
         ConfigError: an unknown catalog, a domain name that cannot name a file, or two sources with one name.
+        DataError: there is only one domain.
     """
     root = Path(config.data_root or ".")
     if config.catalog is not None:
@@ -85,15 +89,10 @@ def list_sources(config: Config) -> list[Source]:
         for source in config.sources
     ]
     for source in sources:
-        if (
-            source.name.startswith(".")
-            or source.name == "rejections"
-            or any(c in "/\\" or not c.isprintable() for c in source.name)
-        ):
+        if source.name == REJECTIONS:
             raise ConfigError(
-                f"sources: {source.name!r} cannot name a domain (no slash, no control character, no leading dot, "
-                'not "rejections"); '
-                f"set another name for {source.path}"
+                f"{source.path}: a domain cannot be named {REJECTIONS!r}, which is the file of rejected rows; "
+                f"set another: sources: - {{path: {source.path}, name: ...}}"
             )
     if len(sources) < 2:
         raise DataError(
@@ -154,7 +153,7 @@ def run(context: StageContext) -> str:
 
     sources = list_sources(context.config)
     summary = []
-    rejections_path = context.folder / "rejections.parquet"
+    rejections_path = loaded_path(context.folder, REJECTIONS)
     with pq.ParquetWriter(rejections_path, _rejection_schema(), compression="zstd") as rejections:
         for source in sources:
             opened = open_source(source)
