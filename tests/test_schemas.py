@@ -1,6 +1,5 @@
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -402,14 +401,10 @@ def test_source_settings_are_checked():
         Source("d", Path("d.json"), schema="x")
 
 
-@pytest.mark.real_data
-def test_real_files():
-    shared = Path(os.environ.get("DOREMI_MIX_SHARED") or Path(__file__).parents[2] / "shared")
-    if not (shared / "data" / "pool20").is_dir():
-        pytest.skip("the real datasets are not beside the checkout; set DOREMI_MIX_SHARED")
+def test_real_files(shared_data):
     # Counted with json.load alone: all rows, and those whose output is blank.
     counts = {"belle_eval_zh": (1000, 369), "civics_zh": (177, 1), "gsm8k": (4545, 0), "gpt4all_rows": (2339, 0)}
-    for path in find_files([shared / "data" / "pool20", shared / "data" / "contest"]):
+    for path in find_files([shared_data / "pool20", shared_data / "contest"]):
         source = open_source(Source(domain_name(path), path))
         assert source.schema.describe() == "alpaca (instruction, input, output)"
         if source.source.name in counts:

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import random
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from hypothesis import strategies as st
 from doremi_mix.bpe import train_byte_level_bpe
 from doremi_mix.errors import ConfigError, ModelError
 from doremi_mix.tokenizer import Tokenizer, load_tokenizer, looks_like_marker
-
-SHARED = Path(os.environ.get("DOREMI_MIX_SHARED", Path(__file__).parents[1].parent / "shared"))
-BAICHUAN = SHARED / "data" / "contest" / "baichuan2_tokenizer"
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog 1234567890",
@@ -413,17 +409,16 @@ def test_loading_errors_say_what_to_do(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def baichuan():
-    if not BAICHUAN.is_dir():
-        pytest.skip(f"{BAICHUAN} is absent; set DOREMI_MIX_SHARED to the folder with the real data")
-    return load_tokenizer(str(BAICHUAN))
+def baichuan(shared_data):
+    return load_tokenizer(str(shared_data / "contest" / "baichuan2_tokenizer"))
 
 
-@pytest.mark.real_data
-def test_baichuan_gives_the_ids_of_sentencepiece(baichuan):
+def test_baichuan_gives_the_ids_of_sentencepiece(baichuan, shared_data):
     import sentencepiece
 
-    model = sentencepiece.SentencePieceProcessor(model_file=str(BAICHUAN / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(shared_data / "contest" / "baichuan2_tokenizer" / "tokenizer.model")
+    )
     rng = random.Random(0)
     words = [
         "hello",
@@ -451,7 +446,6 @@ def test_baichuan_gives_the_ids_of_sentencepiece(baichuan):
     assert not {5, 6, 7, 13, 40, 62, 84} & baichuan.control_ids
 
 
-@pytest.mark.real_data
 @fuzz
 @given(st.lists(attacks, max_size=4))
 def test_no_text_becomes_a_control_token_of_baichuan(baichuan, texts):

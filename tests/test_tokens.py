@@ -1,8 +1,6 @@
 import hashlib
 import itertools
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +22,6 @@ from doremi_mix.tokens import (
 )
 from doremi_mix.types import Example
 
-SHARED = Path(os.environ.get("DOREMI_MIX_SHARED", Path(__file__).parents[1].parent / "shared"))
 END = 0x110000
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
@@ -354,14 +351,11 @@ def test_settings_out_of_range_are_refused(fraction, most, message):
 # --- real data ---
 
 
-@pytest.mark.real_data
-def test_real_rows_under_the_contest_settings():
-    path = SHARED / "data" / "pool20" / "p3_wiki_hop.json"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent; set DOREMI_MIX_SHARED to the folder with the real data")
+def test_real_rows_under_the_contest_settings(shared_data):
+    path = shared_data / "pool20" / "p3_wiki_hop.json"
     rows = json.loads(path.read_text(encoding="utf-8"))[:100]
     examples = [Example(f"d:{i}", "d", row["instruction"], row["input"], row["output"]) for i, row in enumerate(rows)]
-    tokenizer = load_tokenizer(str(SHARED / "data" / "contest" / "baichuan2_tokenizer"))
+    tokenizer = load_tokenizer(str(shared_data / "contest" / "baichuan2_tokenizer"))
     counts = count_tokens(examples, tokenizer, CONTEST_TEMPLATE, 1024)
     for row, count in zip(rows, counts, strict=True):
         query = row["instruction"] + ("\n" + row["input"] if row["input"] else "")
