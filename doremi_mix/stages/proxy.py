@@ -7,18 +7,15 @@ to alpha_T), ``model/`` and ``metrics.json`` (held-out loss per domain).
 from __future__ import annotations
 
 from doremi_mix.dro import average_weights
-from doremi_mix.models import build_model, num_parameters
+from doremi_mix.models import num_parameters
 from doremi_mix.objectives import GroupDROObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.reference_losses import ReferenceLosses
 from doremi_mix.stages.training import (
-    held_out_losses,
     open_store,
     proxy_schedule,
-    save_model,
-    token_info,
-    train_model,
+    train_and_score,
     write_metrics,
 )
 
@@ -28,22 +25,13 @@ def run(context: StageContext) -> str:
     section = context.config.proxy
     store = open_store(context.run)
     schedule = proxy_schedule(context.config, store)
-    model = build_model(
-        str(section.model),
-        token_info(context.run),
-        store.context_length,
-        section.seed,
-        trust_remote_code=section.trust_remote_code,
-    )
     objective = GroupDROObjective(store.domains, step_size=section.step_size, smoothing=section.smoothing)
-    losses = ReferenceLosses(context.run.stage_path("reference_losses"))
-    accelerator = train_model(context, section, model, objective, schedule, "trajectory.jsonl", losses.read)
-    save_model(model, context.folder, accelerator)
-    held_out = held_out_losses(store, model, accelerator)
+    cached = ReferenceLosses(context.run.stage_path("reference_losses"))
+    model, losses = train_and_score(context, section, objective, schedule, "trajectory.jsonl", cached.read)
     if context.processes.is_main:
         average_K = average_weights(objective.dro).tolist()
         write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))
-        write_metrics(context.folder / "metrics.json", held_out, schedule, store.domains, num_parameters(model))
+        write_metrics(context.folder / "metrics.json", losses, schedule, store.domains, num_parameters(model))
         top = max(range(len(average_K)), key=average_K.__getitem__)
         return f"largest average weight {average_K[top]:.3f} on {store.domains.names[top]}"
     return ""

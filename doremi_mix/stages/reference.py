@@ -6,18 +6,15 @@ Writes ``model/``, ``training.jsonl`` (step, loss), ``weights.json`` (the refere
 
 from __future__ import annotations
 
-from doremi_mix.models import build_model, num_parameters
+from doremi_mix.models import num_parameters
 from doremi_mix.objectives import PlainObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.training import (
-    held_out_losses,
     make_schedule,
     open_store,
     reference_weights,
-    save_model,
-    token_info,
-    train_model,
+    train_and_score,
     write_metrics,
 )
 
@@ -28,16 +25,7 @@ def run(context: StageContext) -> str:
     store = open_store(context.run)
     weights = reference_weights(context.config, store)
     schedule = make_schedule(store, weights, section)
-    model = build_model(
-        str(section.model),
-        token_info(context.run),
-        store.context_length,
-        section.seed,
-        trust_remote_code=section.trust_remote_code,
-    )
-    accelerator = train_model(context, section, model, PlainObjective(), schedule, "training.jsonl")
-    save_model(model, context.folder, accelerator)
-    losses = held_out_losses(store, model, accelerator)
+    model, losses = train_and_score(context, section, PlainObjective(), schedule, "training.jsonl")
     if context.processes.is_main:
         write_json(context.folder / "weights.json", weights)
         average = write_metrics(context.folder / "metrics.json", losses, schedule, store.domains, num_parameters(model))

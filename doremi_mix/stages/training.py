@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from doremi_mix.batches import Schedule
 from doremi_mix.config import Config, TrainingConfig
 from doremi_mix.evaluation import score_sequences, summarize_losses
 from doremi_mix.mixture import natural_weights
-from doremi_mix.models import TokenInfo, TokenLossModel
+from doremi_mix.models import TokenInfo, TokenLossModel, build_model
 from doremi_mix.objectives import Objective, counted, forward
 from doremi_mix.plan import accumulation
 from doremi_mix.run import RunDirectory, read_json, write_json
@@ -80,28 +80,31 @@ def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
     return make_schedule(store, dict.fromkeys(store.domains, 1 / len(store.domains)), config.proxy)
 
 
-def train_model(
+def train_and_score(
     context: StageContext,
     section: TrainingConfig,
-    model: TokenLossModel,
     objective: Objective,
     schedule: Schedule,
     log_name: str,
-    reference_losses: Any = None,
-) -> Any:
-    """Trains the stage's model and returns the Accelerator.
+    reference_losses: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
+) -> tuple[TokenLossModel, dict[str, DomainLoss]]:
+    """Builds the stage's model, trains it, saves it in Hugging Face layout and scores the held-out sequences.
 
     Args:
         context: of the stage.
         section: its settings.
-        model: freshly built.
         objective: what a step minimizes.
         schedule: its draws.
         log_name: one line per step.
         reference_losses: from sequence ids to the reference model's losses [B, T]; None for plain training.
+
+    Returns:
+        The trained model and the held-out loss of each domain.
     """
     store = open_store(context.run)
     stage = context.folder.name
+    T = store.context_length
+    assert section.model and section.steps and section.batch_size and section.learning_rate and section.checkpoint_every
 
     def read(ids: NDArray[np.int64]) -> dict[str, Tensor]:
         batch = load_batch(store, ids)
@@ -109,7 +112,6 @@ def train_model(
             batch["reference_loss_BT"] = torch.from_numpy(reference_losses(ids))
         return batch
 
-    assert section.steps and section.batch_size and section.learning_rate and section.checkpoint_every
     plan = TrainingPlan(
         stage=stage,
         steps=section.steps,
@@ -117,21 +119,20 @@ def train_model(
         warmup_share=section.warmup_share,
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
-        gradient_accumulation_steps=accumulation(section, store.context_length, context.processes.count),
+        gradient_accumulation_steps=accumulation(section, T, context.processes.count),
         checkpoint_every=section.checkpoint_every,
     )
-    total = section.steps * section.batch_size * store.context_length
-    with context.narrator.track(stage, total, "tokens") as tracker:
-        return train(model, objective, schedule, read, plan, context.folder, log_name, tracker)
-
-
-def save_model(model: TokenLossModel, folder: Path, accelerator: Any) -> None:
-    """Writes the trained model in Hugging Face layout, by the first process."""
+    model = build_model(
+        section.model, token_info(context.run), T, section.seed, trust_remote_code=section.trust_remote_code
+    )
+    with context.narrator.track(stage, section.steps * section.batch_size * T, "tokens") as tracker:
+        accelerator = train(model, objective, schedule, read, plan, context.folder, log_name, tracker)
     if accelerator.is_main_process:
-        target = folder / "model"
+        target = context.folder / "model"
         shutil.rmtree(target, ignore_errors=True)
         model.model.save_pretrained(str(target))
     accelerator.wait_for_everyone()
+    return model, held_out_losses(store, model, accelerator)
 
 
 def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) -> dict[str, DomainLoss]:
