@@ -34,4 +34,5 @@ def main():
     app(sys.argv[split + 1 :])
 
 
-main()
+if __name__ == "__main__":
+    main()

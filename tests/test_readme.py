@@ -76,5 +76,5 @@ def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
-    for script in re.findall(r"(?:bash|python) (scripts/\S+)", README):
+    for script in re.findall(r"(?:bash|python) (scripts/[\w/.]+)", README):
         assert (ROOT / script).exists(), script
