@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from doremi_mix import __version__
-from doremi_mix.errors import DoremiMixError, RunDirectoryError
+from doremi_mix.errors import DoremiMixError, RunDirectoryError, SchemaError
 from doremi_mix.presets import describe_presets
 from doremi_mix.stages import STAGES, Stage, command_of
 
@@ -86,7 +86,7 @@ def learn(
     with _errors_in_one_line():
         base = load_config_file(config) if config else {}
         base.pop("catalog", None)  # the files on the command line take the place of the config's
-        given = settings_from({**base, **given_sources(paths)}, set_ or (), token_budget)
+        given = settings_from({**base, **given_sources(paths, base)}, set_ or (), token_budget)
         _run_all(given, run_dir, where=str(config or "settings"), dry_run=dry_run, as_json=as_json)
 
 
@@ -127,10 +127,16 @@ def init(
         sources = []
         notes = {}
         for path in find_files(paths):
-            opened = open_source(Source(name=domain_name(path), path=path))
             entry = {"path": str(path.absolute()), "name": domain_name(path)}
             sources.append(entry)
-            notes[entry["path"]] = f"{opened.format}, {opened.schema.describe()}"
+            try:
+                opened = open_source(Source(name=domain_name(path), path=path))
+            except SchemaError as error:
+                # The config is where this is settled, so it is written all the same.
+                notes[entry["path"]] = f"SETTLE THIS: {error}"
+                print(f"settle this in {out}: {error}", file=sys.stderr)
+            else:
+                notes[entry["path"]] = f"{opened.format}, {opened.schema.describe()}"
         write_atomic(out, write_commented(sources, notes))
         print(f"wrote {out} with {len(sources)} domains; run it: doremi-mix run {out} --run-dir runs/{out.stem}")
 
@@ -241,13 +247,17 @@ def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool)
     for count in counts:
         print(count.line())
     print("\n".join(plan))
+    if config.mixture.token_budget is not None:
+        print(
+            f"  the budget of {config.mixture.token_budget:,} tokens is checked once they are counted, before training"
+        )
     print("nothing was written; leave out --dry-run to run it")
 
 
 def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     from rich.console import Console
 
-    from doremi_mix.report.table import render_table
+    from doremi_mix.report.table import explain_shortfalls, render_table
     from doremi_mix.summary import next_commands, summarize
 
     summary = summarize(opened.config, opened.run)
@@ -259,6 +269,8 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
         console.width = 120  # a log file has room
     console.print()
     console.print(render_table(summary["domains"], "Domain weights (shares of tokens)"))
+    for line in explain_shortfalls(summary["domains"]):
+        print(line)
     losses = {stage: loss for stage, loss in summary["held_out_loss"].items() if loss is not None}
     if losses:
         shown = ", ".join(f"{stage} {loss:.3f}" for stage, loss in losses.items())
@@ -291,4 +303,8 @@ def _print_planted(directory: Any) -> None:
 
 def main() -> None:
     """Runs the command line."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # outside of a command: while modules load
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-# Marks a setting that changes speed or memory only, so that changing it does not remake a result.
-_SPEED_ONLY: Any = {"speed_only": True}
+# Marks a setting that does not change a result, such as one of speed or memory: changing it remakes nothing.
+_NO_RESULT: Any = {"changes_result": False}
 
 
 class Section(BaseModel):
@@ -38,8 +39,8 @@ class Section(BaseModel):
     def result_settings(self) -> dict[str, Any]:
         """Returns the settings that change the result of the stage, as plain JSON values."""
         fields = type(self).model_fields
-        speed_only = {name for name, field in fields.items() if field.json_schema_extra == _SPEED_ONLY}
-        return self.model_dump(mode="json", exclude=speed_only, by_alias=True)
+        excluded = {name for name, field in fields.items() if field.json_schema_extra == _NO_RESULT}
+        return self.model_dump(mode="json", exclude=excluded, by_alias=True)
 
 
 class SourceConfig(Section):
@@ -60,7 +61,9 @@ class LoadConfig(Section):
     """Stage load: read every source into one schema."""
 
     max_rejected_share: Share = Field(
-        default=0.5, description="stop when a larger share of one source's rows is rejected (empty answers count)"
+        default=0.5,
+        json_schema_extra=_NO_RESULT,
+        description="stop when a larger share of one source's rows is rejected (empty answers count)",
     )
 
 
@@ -72,7 +75,9 @@ class TokenizeConfig(Section):
         description="folder, tokenizer.json, SentencePiece .model or hub name (best: the main model's own); "
         "null: a byte-level BPE trained on the data",
     )
-    trust_remote_code: bool = Field(default=False, description="let a hub tokenizer run its own code")
+    trust_remote_code: bool = Field(
+        default=False, json_schema_extra=_NO_RESULT, description="let a hub tokenizer run its own code"
+    )
     vocab_size: PositiveInt | None = Field(default=None, description="of the trained BPE; null: by the model preset")
     bpe_sample_megabytes: PositiveInt = Field(
         default=32, description="how much text the BPE is trained on, evenly over domains"
@@ -106,7 +111,9 @@ class TrainingConfig(Section):
         description="a preset (tiny, small, 120m, 280m), a Hugging Face config.json, or a checkpoint "
         "(folder or hub name); null: by the hardware",
     )
-    trust_remote_code: bool = Field(default=False, description="let a hub model run its own code")
+    trust_remote_code: bool = Field(
+        default=False, json_schema_extra=_NO_RESULT, description="let a hub model run its own code"
+    )
     steps: PositiveInt | None = Field(default=None, description="optimizer steps; null: by the hardware")
     batch_size: PositiveInt | None = Field(
         default=None, description="sequences in a step, over all processes; null: two per domain or more"
@@ -120,12 +127,12 @@ class TrainingConfig(Section):
     seed: Seed = Field(default=0, description="of the initialization and of the order of the data")
     gradient_accumulation_steps: PositiveInt | None = Field(
         default=None,
-        json_schema_extra=_SPEED_ONLY,
+        json_schema_extra=_NO_RESULT,
         description="micro-batches in a step and process; null: by the memory",
     )
     checkpoint_every: PositiveInt | None = Field(
         default=None,
-        json_schema_extra=_SPEED_ONLY,
+        json_schema_extra=_NO_RESULT,
         description="steps between checkpoints; null: twenty checkpoints in all",
     )
 
@@ -191,6 +198,8 @@ def parse_config(data: Mapping[str, Any], *, where: str = "config") -> Config:
     Raises:
         ConfigError: a key is unknown (with the nearest known one), or a value is of the wrong kind.
     """
+    # A section whose settings were all deleted is an empty one.
+    data = {key: {} if value is None and _is_section(key) else value for key, value in data.items()}
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
@@ -242,6 +251,8 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for section, key in (("tokenize", "tokenizer"), ("reference", "model"), ("proxy", "model")):
         settings = result.get(section)
         value = settings.get(key) if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and isinstance(value, os.PathLike):
+            value = settings[key] = os.fspath(value)
         if isinstance(settings, dict) and isinstance(value, str) and value not in PRESETS:
             path = folder / Path(value).expanduser()
             settings[key] = str(path) if path.exists() else value
@@ -261,6 +272,8 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             raise ConfigError(f"--set {override}: expected key=value, for example --set proxy.steps=200")
         try:
             value = yaml.safe_load(text)
+            if _is_text(key.strip()) and value is not None and not isinstance(value, str):
+                value = text  # braces, brackets and digits are text where nothing else is possible
         except yaml.YAMLError:
             raise ConfigError(
                 f"--set {override}: the value is not YAML; quote it, for example --set 'key=\"a: b\"'"
@@ -341,6 +354,18 @@ def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in data.items()}
 
 
+# What a person calls the kinds of values that pydantic's messages name in its own terms.
+_KINDS = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "bool_": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section of settings",
+}
+
+
 def _describe(error: ValidationError) -> str:
     """Returns the first problem as one line: which key, expected, got, and the nearest key for an unknown one."""
     problems = error.errors(include_url=False)
@@ -358,9 +383,12 @@ def _describe(error: ValidationError) -> str:
         return f"unknown key {key}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing; {_description(problem['loc'])}"
+    if problem["type"] == "invalid_key":
+        return f"key {problem['loc'][-2]!r} must be text; quote it"
     got = problem["input"]
     got_text = repr(got) if isinstance(got, str | int | float | bool | None.__class__) else f"a {type(got).__name__}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = next((words for kind, words in _KINDS.items() if problem["type"].startswith(kind)), message)
     return f"{key} must be {message.removeprefix('must be ')}, got {got_text}"
 
 
@@ -385,6 +413,18 @@ def _section_of(location: tuple[int | str, ...]) -> type[Section]:
             if isinstance(annotation, type) and issubclass(annotation, Section):
                 section = annotation
     return section
+
+
+def _is_section(key: str) -> bool:
+    field = Config.model_fields.get(key)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def _is_text(key: str) -> bool:
+    """Says whether a dotted key is a setting that can only be text (or null)."""
+    *sections, last = key.split(".")
+    field = _section_of(tuple(sections)).model_fields.get(last)
+    return field is not None and field.annotation in (str, str | None)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from doremi_mix.checks import check_model_name, check_proxy_batch, check_reference_weights, check_vocab_size
 from doremi_mix.config import Config, anchor_paths, apply_overrides, dump_yaml, merge, parse_config
 from doremi_mix.distributed import Processes, join_processes
-from doremi_mix.errors import ConfigError
+from doremi_mix.errors import ConfigError, DataError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
 from doremi_mix.progress import Narrator, format_seconds
 from doremi_mix.run import RunDirectory
@@ -63,6 +63,8 @@ def learn(
     from doremi_mix.stages.weights import read_weights
 
     paths = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    if not all(isinstance(path, str | os.PathLike) for path in paths):
+        raise DataError(f"sources must be paths of files and folders, got {sources!r}")
     given = merge(given_sources([Path(path) for path in paths]), settings)
     if token_budget is not None:
         given = merge(given, {"mixture": {"token_budget": token_budget}})
@@ -72,14 +74,28 @@ def learn(
         return read_weights(opened.run)
 
 
-def given_sources(paths: Sequence[Path]) -> dict[str, Any]:
+def given_sources(paths: Sequence[Path], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns the settings that name the files, each one a domain.
+
+    Args:
+        paths: files and folders.
+        config: settings of a config file; what they say of a file (name, schema, columns) is kept.
 
     Raises:
         SourceNotFoundError: a path does not exist.
         DataError: a folder holds no data, or two files would have the same name.
     """
-    return {"sources": [{"path": str(path.absolute())} for path in find_files(paths)]}
+    known: dict[Path, Mapping[str, Any]] = {}
+    for source in (config or {}).get("sources") or ():
+        if isinstance(source, Mapping) and isinstance(source.get("path"), str):
+            known[Path((config or {}).get("data_root") or ".", source["path"]).absolute()] = source
+    files = [path.absolute() for path in find_files(paths)]
+    for path in files:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{str(path)!r}: the name is not UTF-8; rename the file or folder") from None
+    return {"sources": [{**known.get(path, {}), "path": str(path)} for path in files]}
 
 
 def settings_from(

@@ -88,12 +88,12 @@ class Narrator:
             return
         columns = [
             SpinnerColumn(),
-            TextColumn("{task.description:<18}"),
+            TextColumn("{task.description:<18}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%" if total else ""),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[speed]}"),
-            TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
         ]
         with Progress(*columns, console=self.console, transient=True) as bar:
             bar.add_task(label, total=total, completed=done, speed="", note="")

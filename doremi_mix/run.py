@@ -1,8 +1,9 @@
 """The run directory: paths, manifests, fingerprints, atomic writes.
 
 A stage owns the folder of its name.  ``started.json`` is its first file and ``manifest.json`` its last: the manifest's
-existence means that the stage finished, its fingerprint says with what.  A stage killed in between finds its own
-partial work again when the fingerprint in ``started.json`` is still the wanted one.
+existence means that the stage finished, its fingerprint says with what.  A resumable stage killed in between finds its
+own partial work again when the fingerprint in ``started.json`` is still the wanted one.  The others are built in a
+hidden folder beside and take their place when they are complete, so that a failure leaves the earlier result alone.
 """
 
 from __future__ import annotations
@@ -133,6 +134,10 @@ class RunDirectory:
         """Returns the folder of a stage."""
         return self.path / stage
 
+    def work_path(self, stage: str, *, resumable: bool) -> Path:
+        """Returns the folder in which a stage's files come into being."""
+        return self.stage_path(stage) if resumable else self.path / f".{stage}.partial"
+
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """Returns the manifest of a finished stage, else None."""
         path = self.stage_path(stage) / MANIFEST
@@ -149,7 +154,7 @@ class RunDirectory:
         Returns:
             The folder: empty but for ``started.json``, or with the partial work.
         """
-        path = self.stage_path(stage)
+        path = self.work_path(stage, resumable=resumable)
         started = path / STARTED
         if (
             resumable
@@ -167,6 +172,14 @@ class RunDirectory:
         write_json(started, {"fingerprint": wanted})
         return path
 
-    def finish(self, stage: str, wanted: str, record: Mapping[str, Any]) -> None:
-        """Writes the manifest: from now on the stage is finished."""
-        write_json(self.stage_path(stage) / MANIFEST, {"stage": stage, "fingerprint": wanted, **record})
+    def finish(self, stage: str, wanted: str, record: Mapping[str, Any], *, resumable: bool) -> None:
+        """Writes the manifest and puts the folder in its place: from now on the stage is finished."""
+        work, place = self.work_path(stage, resumable=resumable), self.stage_path(stage)
+        write_json(work / MANIFEST, {"stage": stage, "fingerprint": wanted, **record})
+        if work != place:
+            old = self.path / f".{stage}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if place.exists():
+                place.rename(old)
+            work.rename(place)
+            shutil.rmtree(old, ignore_errors=True)

@@ -65,7 +65,8 @@ def next_commands(summary: dict[str, Any], proxy_seed: int) -> list[str]:
     """Returns what to type next, each with a word on why."""
     run_dir = summary["run_dir"]
     if summary["mixture"] is None:
-        first = f"doremi-mix mixture --run-dir {shlex.quote(run_dir)} --set mixture.token_budget=1000000"
+        budget = min(1_000_000, sum(row["available_tokens"] for row in summary["domains"]))
+        first = f"doremi-mix mixture --run-dir {shlex.quote(run_dir)} --set mixture.token_budget={budget}"
         commands = [f"{first}   # draw the training set"]
     else:
         commands = [f"head -n 3 {shlex.quote(summary['mixture'])}   # the training set"]

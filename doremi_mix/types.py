@@ -117,6 +117,8 @@ class Allocation:
 def check_distribution(weights: Mapping[str, float], what: str) -> None:
     """Raises ValueError unless the weights are finite, at least 0 and sum to 1 within 1e-9."""
     for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"{what}: the weight of {name!r} must be a number, got {weight!r}")
         if not math.isfinite(weight) or weight < 0:
             raise ValueError(f"{what}: the weight of {name!r} must be finite and at least 0, got {weight}")
     total = math.fsum(weights.values())
@@ -209,13 +211,19 @@ class DomainWeights:
         Raises:
             ValueError: the data are of another format or version, a key is missing, or the weights do not sum to 1.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"domain weights must be an object, got a {type(data).__name__}")
         if data.get("format") != WEIGHTS_FORMAT:
             raise ValueError(f'"format" must be "{WEIGHTS_FORMAT}", got {data.get("format")!r}')
         if data.get("version") != WEIGHTS_VERSION:
             raise ValueError(f'"version" must be {WEIGHTS_VERSION}, got {data.get("version")!r}')
-        for key in ("domain_weights", "reference_weights"):
-            if not isinstance(data.get(key), Mapping):
-                raise ValueError(f'"{key}" must be an object of numbers, got {data.get(key)!r}')
+        objects = ("domain_weights", "reference_weights", "shares", "settings", "tokenizer", "provenance", "intervals")
+        for key in objects:
+            if not isinstance(data.get(key, {} if key in objects[2:] else None), Mapping):
+                raise ValueError(f'"{key}" must be an object, got {data.get(key)!r}')
+        for unit, shares in data.get("shares", {}).items():
+            if not isinstance(shares, Mapping):
+                raise ValueError(f'"shares.{unit}" must be an object of numbers, got {shares!r}')
         return cls(
             domain_weights=dict(data["domain_weights"]),
             reference_weights=dict(data["reference_weights"]),

@@ -244,11 +244,11 @@ def test_a_stage_whose_input_has_other_settings(finished_run, tmp_path):
     assert_one_line(
         invoke("proxy", "--run-dir", run_dir, "--set", "proxy.seed=1"),
         f"reference_losses in {run_dir} was made with other settings; "
-        f"run: doremi-mix reference-losses --run-dir {run_dir}",
+        f"run, with the same --set: doremi-mix reference-losses --run-dir {run_dir}",
     )
     assert (run_dir / "proxy" / "manifest.json").exists()
-    assert invoke("reference-losses", "--run-dir", run_dir).exit_code == 0
-    assert invoke("proxy", "--run-dir", run_dir).exit_code == 0
+    for stage in ("reference-losses", "proxy"):
+        assert invoke(stage, "--run-dir", run_dir, "--set", "proxy.seed=1").exit_code == 0
 
 
 def test_an_old_mixture_is_not_shown_with_new_weights(corpus, finished_run, small_settings, tmp_path):
@@ -320,3 +320,74 @@ def test_a_run_means_the_same_from_any_folder(files, model_config, tmp_path_fact
     states = json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)
     assert {state for stage, state in states.items() if stage != "mixture"} == {"finished"}
     assert invoke("reference", "--run-dir", run_dir).stderr.splitlines()[-1] == "reference: up to date"
+
+
+def test_the_closing_table_fits_80_columns():
+    import io
+
+    from rich.console import Console
+
+    from doremi_mix.report.table import explain_shortfalls, render_table
+
+    row = {"domain": "gpteacher_toolformer", "natural_weight": 0.06, "domain_weight": 0.19, "ratio": 12.25}
+    row |= {"excess_loss": 1.418, "available_tokens": 12_774_902, "allocated_tokens": 1_000_000, "epochs": 0.25}
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(render_table([row], "Domain weights"))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-2].split() == [
+        "gpteacher_toolformer",
+        "0.060",
+        "0.190",
+        "12.25",
+        "1.418",
+        "12,774,902",
+        "1,000,000",
+        "0.25",
+    ]
+    assert "epochs" in stream.getvalue()
+    assert explain_shortfalls([{**row, "drawn_tokens": 950_000}]) == []
+    assert explain_shortfalls([{**row, "drawn_tokens": 0}]) == [
+        "gpteacher_toolformer: 0 of 1,000,000 allocated tokens drawn; the next example is longer than what was left"
+    ]
+
+
+def test_a_budget_that_no_example_fits(finished_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    result = invoke("mixture", "--run-dir", run_dir, "--set", "mixture.token_budget=5")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: token budget 5 is smaller than the first example of every domain; raise it to a few examples per domain"
+    )
+    # The earlier mixture is still there.
+    assert (run_dir / "mixture" / "mixture.jsonl").exists()
+
+
+def test_a_lost_product_is_made_again(finished_run, corpus, small_settings, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished_run, run_dir)
+    expected = (run_dir / "mixture" / "mixture.jsonl").read_bytes()
+    (run_dir / "mixture" / "mixture.jsonl").unlink()
+    (run_dir / "weights" / "domain_weights.json").unlink()
+    states = json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)
+    assert (states["weights"], states["mixture"]) == ("partial", "partial")
+    settings = [f"{name}.{key}={value}" for name, section in small_settings.items() for key, value in section.items()]
+    sets = [f"--set={setting}" for setting in settings]
+    assert invoke("learn", corpus, "--run-dir", run_dir, "--token-budget", 5000, *sets).exit_code == 0
+    assert (run_dir / "mixture" / "mixture.jsonl").read_bytes() == expected
+
+
+def test_an_ambiguous_file_is_settled_in_the_config_that_init_writes(files, tmp_path_factory, fast):
+    rows = [{"instruction": f"say {i}", "prompt": f"tell {i}", "output": f"said {i}"} for i in range(40)]
+    (files / "a.json").write_text(json.dumps(rows))
+    config = tmp_path_factory.mktemp("configs") / "c.yaml"
+    result = invoke("init", files, "--out", config)
+    assert result.exit_code == 0, result.stderr
+    assert f"settle this in {config}: " in result.stderr
+    data = yaml.safe_load(config.read_text())
+    data["sources"][0]["columns"] = {"instruction": "instruction"}
+    config.write_text(yaml.safe_dump(data))
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    done = invoke("learn", files, "--config", config, "--run-dir", run_dir, *fast, "--dry-run")
+    assert done.exit_code == 0, done.stderr

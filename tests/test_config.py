@@ -36,7 +36,7 @@ SOURCES = {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
         ),
         (
             {**SOURCES, "proxy": {"steps": "many"}},
-            "c.yaml: proxy.steps must be a valid integer, unable to parse string as an integer, got 'many'",
+            "c.yaml: proxy.steps must be a whole number, got 'many'",
         ),
         (
             {**SOURCES, "proxy": {"smoothing": 2}},
@@ -44,7 +44,7 @@ SOURCES = {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
         ),
         (
             {**SOURCES, "proxy": {"step_size": [1]}},
-            "c.yaml: proxy.step_size must be a valid number, got a list",
+            "c.yaml: proxy.step_size must be a number, got a list",
         ),
         (
             {**SOURCES, "reference": {"weights": "naturel"}},
@@ -63,10 +63,10 @@ SOURCES = {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
             {**SOURCES, "catalog": "bettermixture"},
             "c.yaml: expected either sources (a list of files) or catalog (bettermixture), got both",
         ),
-        ({"sources": "a.json"}, "c.yaml: sources must be a valid tuple, got 'a.json'"),
+        ({"sources": "a.json"}, "c.yaml: sources must be a list, got 'a.json'"),
         (
             {**SOURCES, "reference": {"weights": {"a": "much"}}},
-            "c.yaml: reference.weights.a must be a valid number, unable to parse string as a number, got 'much'",
+            "c.yaml: reference.weights.a must be a number, got 'much'",
         ),
     ],
 )
@@ -86,6 +86,14 @@ def test_overrides_are_yaml_values_at_dotted_keys():
     assert config.mixture.token_budget == 1000
     assert config.tokenize.tokenizer is None
     assert SOURCES == {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
+
+
+def test_text_settings_take_braces_and_an_emptied_section_is_the_default():
+    data = apply_overrides({**SOURCES, "proxy": None}, ["tokenize.turn={query}", "reference.model=7"])
+    config = parse_config(data)
+    assert config.tokenize.turn == "{query}"
+    assert config.reference.model == "7"
+    assert config.proxy == parse_config(SOURCES).proxy
 
 
 @pytest.mark.parametrize(

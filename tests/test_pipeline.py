@@ -135,7 +135,7 @@ def test_same_seed_same_bytes_other_seed_other_trajectory(finished_run, corpus, 
         ({"proxy": {"checkpoint_every": 3, "gradient_accumulation_steps": 2}}, set()),
         ({"reference": {"seed": 1}}, {"reference", "reference_losses", "proxy", "weights", "mixture"}),
         ({"tokenize": {"seed": 1}}, set(STAGE_NAMES) - {"load"}),
-        ({"load": {"max_rejected_share": 0.4}}, set(STAGE_NAMES)),
+        ({"load": {"max_rejected_share": 0.4}, "proxy": {"trust_remote_code": True}}, set()),
     ],
 )
 def test_a_setting_remakes_what_depends_on_it(finished_run, corpus, small_settings, tmp_path, change, remade):

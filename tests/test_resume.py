@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from doremi_mix.run import RunDirectory
+from doremi_mix.stages import stage_named
+
 KILL_AT = Path(__file__).with_name("kill_at.py")
 # Small batches, so that the scoring of the reference losses has something to resume.
 PATCHES = ("doremi_mix.stages.reference_losses:SCORE_TOKENS=512", "doremi_mix.stages.reference_losses:SAVE_EVERY=2")
@@ -60,7 +63,8 @@ def test_killed_and_started_again(arguments, undisturbed, tmp_path, stage, targe
     killed = run(arguments, tmp_path / "run", ("SIGKILL", target, str(count)))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     # It died inside the stage: begun, not finished.
-    assert (tmp_path / "run" / stage / "started.json").exists()
+    row = stage_named(stage)
+    assert (RunDirectory(tmp_path / "run").work_path(stage, resumable=row.resumable) / "started.json").exists()
     assert not (tmp_path / "run" / stage / "manifest.json").exists()
     again = run(arguments, tmp_path / "run")
     assert again.returncode == 0, again.stderr

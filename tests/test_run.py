@@ -30,15 +30,28 @@ def test_begin_keeps_partial_work_of_the_same_fingerprint_only(tmp_path):
     (folder / "checkpoint.pt").write_text("partial")
     assert (run.begin("proxy", "f1", resumable=True) / "checkpoint.pt").exists()
     assert not (run.begin("proxy", "f2", resumable=True) / "checkpoint.pt").exists()
-    (folder / "half.json").write_text("partial")
-    assert not (run.begin("proxy", "f2", resumable=False) / "half.json").exists()
     assert sorted(path.name for path in folder.iterdir()) == [STARTED]
+    aside = run.begin("load", "f1", resumable=False)
+    (aside / "half.json").write_text("partial")
+    assert not (run.begin("load", "f1", resumable=False) / "half.json").exists()
+
+
+def test_a_stage_that_starts_over_leaves_the_earlier_result_alone_until_it_has_finished(tmp_path):
+    run = RunDirectory(tmp_path)
+    for number in ("1", "2"):
+        (run.begin("load", f"f{number}", resumable=False) / "rows").write_text(number)
+        if number == "2":
+            assert (run.stage_path("load") / "rows").read_text() == "1"
+            assert run.manifest("load")["fingerprint"] == "f1"
+        run.finish("load", f"f{number}", {}, resumable=False)
+        assert (run.stage_path("load") / "rows").read_text() == number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["load"]
 
 
 def test_a_finished_stage_is_wiped_before_it_is_made_again(tmp_path):
     run = RunDirectory(tmp_path)
     run.begin("proxy", "f1", resumable=True)
-    run.finish("proxy", "f1", {"seconds": 1})
+    run.finish("proxy", "f1", {"seconds": 1}, resumable=True)
     manifest = run.manifest("proxy")
     assert manifest == {"stage": "proxy", "fingerprint": "f1", "seconds": 1}
     folder = run.begin("proxy", "f1", resumable=True)
@@ -82,7 +95,7 @@ def test_other_folders_are_not_taken_over(tmp_path):
 
 def test_a_damaged_manifest_is_named(tmp_path):
     run = RunDirectory(tmp_path)
-    run.begin("load", "f", resumable=False)
+    run.begin("load", "f", resumable=True)
     (tmp_path / "load" / MANIFEST).write_text("{half")
     with pytest.raises(
         RunDirectoryError, match=r"load/manifest.json: is not JSON .*; delete the stage's folder and run"

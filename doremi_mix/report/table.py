@@ -50,7 +50,7 @@ def make_rows(
         }
         if allocation is not None:
             drawn = allocation["domains"][name]
-            row |= {"allocated_tokens": drawn["allocated_tokens"], "epochs": drawn["epochs"]}
+            row |= {key: drawn[key] for key in ("allocated_tokens", "drawn_tokens", "drawn_rows", "epochs")}
         rows.append(row)
     return rows
 
@@ -58,11 +58,21 @@ def make_rows(
 def render_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """Draws the rows for a terminal."""
     # Narrow enough for 80 columns with names of 20 characters.
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("domain", overflow="fold", min_width=20)
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 0))
+    table.add_column("domain", overflow="fold")
     shown = [key for key in COLUMNS if key in rows[0]]
     for key in shown:
         table.add_column(COLUMNS[key][0], justify="right", no_wrap=True)
     for row in rows:
         table.add_row(escape(row["domain"]), *(COLUMNS[key][1].format(row[key]) for key in shown))
     return table
+
+
+def explain_shortfalls(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Says of which domains clearly fewer tokens were drawn than allocated: their next example did not fit."""
+    return [
+        f"{row['domain']}: {row['drawn_tokens']:,} of {row['allocated_tokens']:,} allocated tokens drawn; "
+        "the next example is longer than what was left"
+        for row in rows
+        if "drawn_tokens" in row and row["drawn_tokens"] < 0.9 * row["allocated_tokens"]
+    ]

@@ -20,6 +20,10 @@ __all__ = ["OpenSource", "Source", "open_source"]
 _NUM_PEEKED_ROWS = 200
 
 
+_LONGEST_NAME = 200
+"""Bytes; file systems allow 255, and suffixes are added."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A file and what is known about it; whatever is not given is found out when it is opened.
@@ -47,6 +51,11 @@ class Source:
             raise ConfigError(
                 f"{self.path}: the domain name {name!r} cannot name a file, expected printable characters, no slash and"
                 f" no dot or space first; set another: sources: - {{path: {self.path}, name: ...}}"
+            )
+        if len(name.encode()) > _LONGEST_NAME:
+            raise ConfigError(
+                f"{self.path}: the domain name is longer than {_LONGEST_NAME} bytes, too long to name files; "
+                "set another: sources: - {path: ..., name: ...}"
             )
         if self.format is not None and self.format not in FORMATS:
             near = difflib.get_close_matches(self.format, FORMATS, n=1)

@@ -47,6 +47,8 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         for file in _list_folder(path) if path.is_dir() else [path]:
             if not file.exists():
                 raise SourceNotFoundError(f"{file}: there is no such file or folder; check the path")
+            if not file.is_file():
+                raise DataError(f"{file}: is a pipe or device, which cannot be read twice; write it to a file first")
             files.setdefault(file.resolve(), file)
     ordered = sorted(files.values(), key=lambda file: (domain_name(file), file.name, file))
     for first, second in pairwise(ordered):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -283,9 +284,16 @@ def _row(number: int, value: Any) -> RawRow:
     """Makes a row of a parsed JSON value, with a problem if it is no object or not Unicode text."""
     if value.__class__ is dict:
         try:
-            return RawRow(number, value, orjson.dumps(value).decode())
+            packed = orjson.dumps(value)
         except TypeError:  # an integer of more than 64 bits, a lone surrogate, or hundreds of levels
             pass
+        else:
+            # An infinite float becomes null, so only a row with a null is looked through.
+            if b"null" not in packed or not _is_infinite(value):
+                return RawRow(number, value, packed.decode())
+    if _is_infinite(value):
+        text = json.dumps(value, separators=(",", ":"))
+        return RawRow(number, None, _cut(text), ("broken_json", "a number is too large for any float, such as 1e400"))
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     try:
         text.encode()
@@ -296,6 +304,15 @@ def _row(number: int, value: Any) -> RawRow:
     if value.__class__ is not dict:
         return RawRow(number, None, text, ("not_an_object", f"the row must be an object, got {json_kind(value)}"))
     return RawRow(number, value, text)
+
+
+def _is_infinite(value: Any) -> bool:
+    """Says whether a parsed value is or holds an infinite float."""
+    if isinstance(value, dict):
+        return any(map(_is_infinite, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_infinite, value))
+    return isinstance(value, float) and math.isinf(value)
 
 
 def json_kind(value: object) -> str:
@@ -318,7 +335,7 @@ def _read_parquet(stream: io.BufferedReader[Any], _path: Path) -> Iterator[RawRo
                 for batch in file.iter_batches(_PARQUET_BATCH_ROWS):
                     yield from _parquet_batch(batch, number + 1)
                     number += batch.num_rows
-        except (pa.ArrowException, ValueError) as error:
+        except (pa.ArrowException, ValueError, OverflowError) as error:
             raise OSError(short_reason(error)) from error
 
 

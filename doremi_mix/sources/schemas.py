@@ -185,11 +185,17 @@ def _present(kind: str, part: str, found: Sequence[str]) -> list[str]:
 
 
 def _quoted(columns: Sequence[str]) -> str:
-    return " and ".join(f'"{column}"' for column in columns)
+    return " and ".join(map(_shown, columns))
+
+
+def _shown(column: str, *, quoted: bool = True) -> str:
+    """Writes a column's name so that an error stays one line, whatever the name holds."""
+    text = column if column.isprintable() else ascii(column)[1:-1]
+    return f'"{text}"' if quoted else text
 
 
 def _listed(columns: Sequence[str]) -> str:
-    shown = ", ".join(columns[:_MAX_SHOWN_COLUMNS])
+    shown = ", ".join(_shown(column, quoted=False) for column in columns[:_MAX_SHOWN_COLUMNS])
     more = len(columns) - _MAX_SHOWN_COLUMNS
     return f"{shown} and {more} more" if more > 0 else shown or "none"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from doremi_mix.config import Config
 from doremi_mix.distributed import Processes
-from doremi_mix.errors import ConfigError, StageNotFinishedError
+from doremi_mix.errors import ConfigError, DoremiMixError, RunDirectoryError, StageNotFinishedError
 from doremi_mix.presets import PRESETS
 from doremi_mix.progress import Narrator, format_seconds
 from doremi_mix.run import RunDirectory, fingerprint
@@ -47,6 +48,7 @@ class Stage:
         parallel: whether all processes of a distributed run work in it; otherwise the first one does.
         version: raised when the stage's code comes to another result for the same settings.
         scratch: files that are of no use once it has finished.
+        outputs: files without which it has not finished, whatever its manifest says.
     """
 
     name: str
@@ -57,6 +59,12 @@ class Stage:
     parallel: bool = False
     version: int = 1
     scratch: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    def manifest(self, run: RunDirectory) -> dict[str, Any] | None:
+        """Returns the stage's manifest when it has finished and its files are still there."""
+        folder = run.stage_path(self.name)
+        return run.manifest(self.name) if all((folder / name).exists() for name in self.outputs) else None
 
 
 def _load_settings(config: Config) -> Any:
@@ -85,8 +93,20 @@ def _draw_settings(config: Config) -> Any:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("load", (), _load_settings, "read every source into one schema"),
-    Stage("tokenize", ("load",), _tokenize_settings, "text to packed token sequences, and the held-out split"),
+    Stage(
+        "load",
+        (),
+        _load_settings,
+        "read every source into one schema",
+        outputs=("summary.json", "rejections.parquet"),
+    ),
+    Stage(
+        "tokenize",
+        ("load",),
+        _tokenize_settings,
+        "text to packed token sequences, and the held-out split",
+        outputs=("domains.json", "tokenizer.json", "tokens.bin", "loss_mask.bin", "sequence_documents.npy"),
+    ),
     Stage(
         "reference",
         ("tokenize",),
@@ -95,6 +115,7 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
+        outputs=("model/config.json", "weights.json", "metrics.json"),
     ),
     Stage(
         "reference_losses",
@@ -104,6 +125,7 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         scratch=("scored.json",),
+        outputs=("sequence_ids.npy", "losses.f32"),
     ),
     Stage(
         "proxy",
@@ -113,15 +135,21 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
+        outputs=("trajectory.jsonl", "average.json", "metrics.json"),
     ),
     Stage(
-        "weights", ("tokenize", "reference", "proxy"), lambda _config: {}, "average the trajectory into domain weights"
+        "weights",
+        ("tokenize", "reference", "proxy"),
+        lambda _config: {},
+        "average the trajectory into domain weights",
+        outputs=("domain_weights.json", "weights.png", "trajectory.png"),
     ),
     Stage(
         "mixture",
         ("load", "tokenize", "weights"),
         lambda config: config.mixture.result_settings(),
         "draw the training set under the token budget",
+        outputs=("mixture.jsonl", "ratio.json", "allocation.json"),
     ),
 )
 
@@ -141,16 +169,15 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
     """
     upstream: dict[str, str] = {}
     for name in stage.reads:
-        manifest = run.manifest(name)
+        source = stage_named(name)
+        manifest = source.manifest(run)
+        command = f"doremi-mix {command_of(name)} --run-dir {shlex.quote(str(run.path))}"
         if manifest is None:
-            raise StageNotFinishedError(
-                f"{name} has not finished in {run.path}; run: doremi-mix {command_of(name)} --run-dir {run.path}"
-            )
+            raise StageNotFinishedError(f"{name} has not finished in {run.path}; run: {command}")
         # The sources of load may be gone by now, so what it kept is taken as it is.
-        if name != "load" and manifest["fingerprint"] != wanted_fingerprint(stage_named(name), config, run):
+        if name != "load" and manifest["fingerprint"] != wanted_fingerprint(source, config, run):
             raise StageNotFinishedError(
-                f"{name} in {run.path} was made with other settings; "
-                f"run: doremi-mix {command_of(name)} --run-dir {run.path}"
+                f"{name} in {run.path} was made with other settings; run, with the same --set: {command}"
             )
         upstream[name] = manifest["fingerprint"]
     return fingerprint(
@@ -170,7 +197,7 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
         Whether there was anything to do.
     """
     wanted = wanted_fingerprint(stage, config, run)
-    manifest = run.manifest(stage.name)
+    manifest = stage.manifest(run)
     # No process may touch the folder before all have looked at it.
     processes.wait()
     if manifest is not None and manifest["fingerprint"] == wanted:
@@ -183,10 +210,12 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
         run.begin(stage.name, wanted, resumable=stage.resumable)
     processes.wait()
     if stage.parallel or processes.is_main:
-        said = _execute(stage, StageContext(config, run, run.stage_path(stage.name), narrator, processes))
+        folder = run.work_path(stage.name, resumable=stage.resumable)
+        said = _execute(stage, StageContext(config, run, folder, narrator, processes))
     if processes.is_main:
         seconds = time.monotonic() - start
-        run.finish(stage.name, wanted, {"seconds": round(seconds, 3), "settings": stage.settings(config)})
+        record = {"seconds": round(seconds, 3), "settings": stage.settings(config)}
+        run.finish(stage.name, wanted, record, resumable=stage.resumable)
         _remove_scratch(stage, run)
         narrator.say(f"{stage.name}: {said} ({format_seconds(seconds)})")
     processes.wait()
@@ -194,10 +223,17 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
 
 
 def _execute(stage: Stage, context: StageContext) -> str:
-    """Runs a stage's module; returns its one line.  A full GPU is something that the user can mend."""
+    """Runs a stage's module; returns its one line.  A full disk or GPU is something that the user can mend."""
     module = importlib.import_module(f"doremi_mix.stages.{stage.name}")
     try:
         said: str = module.run(context)
+    except DoremiMixError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(
+            f"{stage.name}: {context.run.path}: cannot read or write ({error.strerror or error}); free some space, "
+            "mend the run directory or choose another --run-dir"
+        ) from error
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
@@ -226,9 +262,10 @@ def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
     """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``."""
     states: dict[str, str] = {}
     for stage in STAGES:
-        manifest = run.manifest(stage.name)
+        manifest = stage.manifest(run)
         if manifest is None:
-            states[stage.name] = "partial" if run.stage_path(stage.name).exists() else "not started"
+            folders = (run.stage_path(stage.name), run.work_path(stage.name, resumable=stage.resumable))
+            states[stage.name] = "partial" if any(folder.exists() for folder in folders) else "not started"
             continue
         states[stage.name] = "finished"
         if stage.name == "load":

@@ -6,6 +6,7 @@ Writes ``mixture.jsonl`` (the input rows, unchanged, plus their domain), ``ratio
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_mix.config import Config
-from doremi_mix.errors import ConfigError
+from doremi_mix.errors import BudgetError, ConfigError
 from doremi_mix.mixture import allocate, draw_examples, mixture_order
 from doremi_mix.progress import Tracker
 from doremi_mix.run import RunDirectory, write_json
@@ -31,7 +32,6 @@ BUCKET_ROWS = 200_000
 """Rows that are shuffled in memory at a time; a larger mixture goes through temporary files."""
 
 DOMAIN_KEY = "domain"
-OTHER_DOMAIN_KEY = "doremi_mix_domain"
 
 
 def check_budget(config: Config, run: RunDirectory) -> None:
@@ -53,22 +53,26 @@ def run(context: StageContext) -> str:
     draws = draw_domains(store, allocation, config.seed)
     positions = mixture_order([len(rows) for rows, _ in draws.values()], config.seed)
     load_folder = context.run.stage_path("load")
-    key = DOMAIN_KEY
-    with context.narrator.track("mixture", len(positions), "rows") as tracker:
-        if not _write(context.folder, load_folder, draws, positions, key, tracker):
-            key = OTHER_DOMAIN_KEY
-            _write(context.folder, load_folder, draws, positions, key, tracker)
-            context.narrator.say(f'  some rows have a "{DOMAIN_KEY}" of their own; the domain is written as "{key}"')
     drawn = {name: tokens for name, (_, tokens) in draws.items()}
     total = sum(drawn.values())
+    if total == 0:
+        raise BudgetError(
+            f"token budget {config.token_budget:,} is smaller than the first example of every domain; raise it to a "
+            f"few examples per domain or more (an example has about {_mean_tokens(store):,.0f} tokens)"
+        )
+    with context.narrator.track("mixture", len(positions), "rows") as tracker:
+        for key in _free_keys():
+            if _write(context.folder, load_folder, draws, positions, key, tracker):
+                break
+    if key != DOMAIN_KEY:
+        context.narrator.say(f'  some rows have a "{DOMAIN_KEY}" of their own; the domain is written as "{key}"')
     write_json(context.folder / "ratio.json", {f"{name}.jsonl": tokens / total for name, tokens in drawn.items()})
     write_json(
         context.folder / "allocation.json",
         _describe(allocation, draws, weights, key, context.config.tokenize.max_example_tokens),
     )
-    return (
-        f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {context.folder / 'mixture.jsonl'}"
-    )
+    place = context.run.stage_path("mixture") / "mixture.jsonl"
+    return f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {place}"
 
 
 def draw_domains(store: TokenStore, allocation: Allocation, seed: int) -> dict[str, tuple[NDArray[np.int64], int]]:
@@ -85,6 +89,17 @@ def draw_domains(store: TokenStore, allocation: Allocation, seed: int) -> dict[s
         drawn = trainable[draw_examples(tokens[trainable], allocation.tokens[name], seed, name)]
         draws[name] = (drawn, int(tokens[drawn].sum()))
     return draws
+
+
+def _free_keys() -> Iterator[str]:
+    """Yields names for the domain's key, for rows that have the first ones already (a mixture fed back in, say)."""
+    yield DOMAIN_KEY
+    yield "doremi_mix_domain"
+    yield from (f"doremi_mix_domain_{number}" for number in itertools.count(2))
+
+
+def _mean_tokens(store: TokenStore) -> float:
+    return float(np.mean(store.example_tokens))
 
 
 def _write(

@@ -29,5 +29,7 @@ def run(context: StageContext) -> str:
     if context.processes.is_main:
         write_json(context.folder / "weights.json", weights)
         average = write_metrics(context.folder / "metrics.json", losses, schedule, store.domains, num_parameters(model))
+        if not losses:
+            return "no domain has held-out examples to measure a loss on"
         return f"held-out loss {average:.3f} nats per token, average over domains"
     return ""

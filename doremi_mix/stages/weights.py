@@ -56,7 +56,7 @@ def run(context: StageContext) -> str:
         uniform=1 / len(names),
     )
     plot_trajectory(context.folder / "trajectory.png", names, np.arange(1, len(weights_TK) + 1), weights_TK, average_K)
-    return f"written to {context.folder / WEIGHTS_FILE}"
+    return f"written to {context.run.stage_path('weights') / WEIGHTS_FILE}"
 
 
 def read_weights(run: RunDirectory) -> DomainWeights:
