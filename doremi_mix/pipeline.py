@@ -49,7 +49,7 @@ def learn(
 
     Args:
         sources: files and folders.
-        run_dir: where the run keeps everything that it makes; see DESIGN's table of artifacts in the README.
+        run_dir: where the run keeps everything that it makes; the README lists its files.
         token_budget: tokens to draw into ``<run_dir>/mixture/mixture.jsonl``; None draws none.
         quiet: print nothing.
         settings: sections of the configuration, for example ``proxy={"steps": 200}, tokenize={"seed": 1}``.
