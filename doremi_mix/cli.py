@@ -80,7 +80,7 @@ def learn(
 
     Every setting is explained in the file that "doremi-mix init" writes; presets of models: "doremi-mix --help".
     """
-    from doremi_mix.config import load_config_file
+    from doremi_mix.config_file import load_config_file
     from doremi_mix.pipeline import given_sources, settings_from
 
     with _errors_in_one_line():
@@ -100,7 +100,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Runs every stage of a config, in order."""
-    from doremi_mix.config import load_config_file
+    from doremi_mix.config_file import load_config_file
     from doremi_mix.pipeline import settings_from
 
     with _errors_in_one_line():
@@ -114,7 +114,7 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="the YAML file to write")],
 ) -> None:
     """Writes a commented config for some files, with the schema that was detected in each."""
-    from doremi_mix.config import write_commented
+    from doremi_mix.config_file import write_commented
     from doremi_mix.run import write_atomic
     from doremi_mix.sources import Source, open_source
     from doremi_mix.sources.files import domain_name, find_files
@@ -186,7 +186,7 @@ def demo(run_dir: RunDir = Path("runs/demo"), as_json: AsJson = False) -> None:
 
 def _stage_command(stage: Stage) -> Callable[..., None]:
     def command(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None) -> None:
-        from doremi_mix.config import load_config_file, merge
+        from doremi_mix.config_file import load_config_file, merge
         from doremi_mix.pipeline import open_run, settings_from
         from doremi_mix.run import RunDirectory
         from doremi_mix.stages import run_stage

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from doremi_mix.checks import check_model_name, check_proxy_batch, check_reference_weights, check_vocab_size
-from doremi_mix.config import Config, anchor_paths, apply_overrides, dump_yaml, merge, parse_config
+from doremi_mix.config import Config, parse_config
+from doremi_mix.config_file import anchor_paths, apply_overrides, dump_yaml, merge
 from doremi_mix.distributed import Processes, join_processes
 from doremi_mix.errors import ConfigError, DataError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate

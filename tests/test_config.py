@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from doremi_mix.config import (
-    Config,
-    apply_overrides,
-    load_config_file,
-    merge,
-    parse_config,
-    write_commented,
-)
+from doremi_mix.config import Config, parse_config
+from doremi_mix.config_file import apply_overrides, load_config_file, merge, write_commented
 from doremi_mix.errors import ConfigError
 
 SOURCES = {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
