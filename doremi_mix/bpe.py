@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"
+SMALLEST_VOCABULARY = 256 + 2
+"""Every byte and the two special tokens."""
 
 # Spaces join the word that follows, digits stand alone so that numbers are read digit by digit, Han text is kept apart
 # from the Latin words inside it, and line breaks end a piece, so that "\n\n" is learned as one token.
@@ -38,10 +40,9 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.To
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    smallest = len(alphabet) + 2
-    if vocab_size < smallest:
+    if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
-            f"vocab_size is too small: expected at least {smallest} (256 bytes and 2 special tokens), "
+            f"vocab_size is too small: expected at least {SMALLEST_VOCABULARY} (256 bytes and 2 special tokens), "
             f"got {vocab_size}; 4096 suits small runs"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())

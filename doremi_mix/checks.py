@@ -7,12 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from doremi_mix.bpe import SMALLEST_VOCABULARY
 from doremi_mix.config import Config
 from doremi_mix.errors import ConfigError, ModelError
 from doremi_mix.presets import PRESETS
-
-SMALLEST_VOCABULARY = 258
-"""The 256 bytes and two special tokens of a byte-level BPE."""
 
 
 def check_vocab_size(vocab_size: int | None, *, given: str | None) -> None:

@@ -32,6 +32,12 @@ def make_rows(name, num_rows, seed=0):
     return rows
 
 
+def read_log(path):
+    """Reads a log of JSON lines."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of three domains of unequal size."""

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import read_log
 
 from doremi_mix import DomainWeights, learn
 from doremi_mix.errors import BudgetError, ConfigError, DivergedError
@@ -16,7 +17,7 @@ from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages import STAGE_NAMES, STAGES
 from doremi_mix.stages.load import read_examples
 from doremi_mix.stages.tokenize import make_template
-from doremi_mix.stages.training import open_store, read_log
+from doremi_mix.stages.training import open_store
 from doremi_mix.tokenizer import load_tokenizer
 from doremi_mix.tokens import CONTEST_TEMPLATE, count_tokens
 

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import read_log
 
 from doremi_mix import learn
 from doremi_mix.models import TokenInfo, build_model
 from doremi_mix.objectives import GroupDROObjective, PlainObjective
-from doremi_mix.stages.training import read_log
 from doremi_mix.train import TrainingPlan, make_accelerator
 from doremi_mix.types import Domains
 

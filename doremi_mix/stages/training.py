@@ -178,12 +178,6 @@ def write_metrics(
     return average
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Reads a log of JSON lines."""
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def read_columns(path: Path, names: Sequence[str], keys: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """Reads numbers by domain from ``trajectory.jsonl``, a line at a time, as arrays of shape [updates, K]."""
     columns = {key: array("d") for key in keys}
