@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from doremi_mix.bpe import SMALLEST_VOCABULARY
-from doremi_mix.config import Config
+from doremi_mix.config import Config, TrainingConfig
 from doremi_mix.errors import ConfigError, ModelError
-from doremi_mix.presets import PRESETS
+from doremi_mix.presets import PRESETS, is_config_only
 
 
 def check_vocab_size(vocab_size: int | None, *, given: str | None) -> None:
@@ -44,6 +44,24 @@ def check_proxy_batch(config: Config, num_domains: int) -> None:
         raise ConfigError(
             f"proxy.batch_size is {batch_size}, fewer than the {num_domains} domains, each of which must be in every "
             f"batch; raise it to {num_domains} or more"
+        )
+
+
+def check_adapters(section: TrainingConfig, name: str) -> None:
+    """Raises ConfigError for LoRA settings that have nothing to work on."""
+    if section.lora_rank is None:
+        for key in ("lora_alpha", "lora_target_modules"):
+            if getattr(section, key) is not None:
+                raise ConfigError(f"{name}.{key} is given without {name}.lora_rank; give both, or neither")
+        return
+    if section.model in PRESETS or is_config_only(str(section.model)):
+        raise ConfigError(
+            f"{name}.lora_rank is {section.lora_rank}, but {name}.model {section.model} starts from fresh weights, "
+            "which adapters cannot make up for; give a checkpoint, or no lora_rank"
+        )
+    if section.shard:
+        raise ConfigError(
+            f"{name}.shard does not go with {name}.lora_rank: a frozen base is not split; leave one of them out"
         )
 
 

@@ -129,6 +129,33 @@ class TrainingConfig(Section):
         json_schema_extra=_NO_RESULT,
         description="steps between checkpoints; null: twenty checkpoints in all",
     )
+    lora_rank: PositiveInt | None = Field(
+        default=None,
+        description="train LoRA adapters of this rank over a frozen checkpoint; null: all weights are trained",
+    )
+    lora_alpha: PositiveFloat | None = Field(
+        default=None, description="adapters are scaled by alpha / rank; null: twice the rank"
+    )
+    lora_target_modules: tuple[str, ...] | None = Field(
+        default=None, description="names of the layers that get adapters; null: every linear layer of the blocks"
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="keep only the inputs of each block and compute the rest again: less memory, a third more time; "
+        "null: no",
+    )
+    shard: bool | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="FSDP: split weights, gradients and optimizer over the processes, for models too large for one; "
+        "null: no",
+    )
+    compile: bool | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="torch.compile; null: on a GPU, where a measured step is faster and the training long enough",
+    )
 
 
 class ReferenceConfig(TrainingConfig):
@@ -167,6 +194,21 @@ class MixtureConfig(Section):
     seed: Seed = Field(default=0, description="of the draw and of the order")
 
 
+class TrackingConfig(Section):
+    """Where training is logged besides metrics.jsonl."""
+
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+        default=(), json_schema_extra=_NO_RESULT, description="any of wandb and tensorboard"
+    )
+    project: str = Field(default="doremi_mix", json_schema_extra=_NO_RESULT, description="wandb's project")
+    run_name: str | None = Field(
+        default=None, json_schema_extra=_NO_RESULT, description="null: the name of the run directory"
+    )
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="online", json_schema_extra=_NO_RESULT, description="offline: kept in the run directory for wandb sync"
+    )
+
+
 class Config(Section):
     """The whole configuration; sections are in the order of the stages."""
 
@@ -180,6 +222,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     proxy: ProxyConfig = ProxyConfig()
     mixture: MixtureConfig = MixtureConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 def parse_config(data: Mapping[str, Any], *, where: str = "config") -> Config:

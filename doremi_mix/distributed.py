@@ -24,6 +24,16 @@ class Processes:
         """Says whether this process writes and speaks."""
         return self.index == 0
 
+    def from_main(self, value: str) -> str:
+        """Returns the first process's value."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        values = [value]
+        broadcast_object_list(values)
+        return str(values[0])
+
     def wait(self) -> None:
         """Waits until every process is here."""
         if self.count > 1:

@@ -134,7 +134,7 @@ def domain_sums(
         dim=1,
     )
     # A product with the membership matrix adds in a fixed order on every device; index_add does not on CUDA.
-    member_KB = torch.nn.functional.one_hot(domain_ids_B, num_domains).T.double()
+    member_KB = (torch.arange(num_domains, device=domain_ids_B.device)[:, None] == domain_ids_B).double()
     return DomainSums(*(member_KB @ values_B5).unbind(1))
 
 

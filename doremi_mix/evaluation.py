@@ -52,6 +52,9 @@ def score_sequences(
 ) -> NDArray[np.float64]:
     """Scores sequences in batches, of which this process takes its share.
 
+    Every process calls ``score`` equally often (a call without work of its own is made on the first batch and dropped):
+    a model that is split over the processes needs all of them for each forward pass.
+
     Args:
         sequence_ids: ids to score.
         score: from ids, shape [B], the sum of losses and the number of unmasked tokens of each sequence, shape [B, 2].
@@ -63,7 +66,11 @@ def score_sequences(
         Sums and counts, shape [N, 2], zero where another process scored: add the processes' results.
     """
     result_N2 = np.zeros((len(sequence_ids), 2))
-    for start in range(process_index * batch_size, len(sequence_ids), num_processes * batch_size):
-        batch = slice(start, start + batch_size)
-        result_N2[batch] = score(sequence_ids[batch]).double().cpu().numpy()
+    for first in range(0, len(sequence_ids), num_processes * batch_size):
+        start = first + process_index * batch_size
+        mine = start < len(sequence_ids)
+        batch = slice(start, start + batch_size) if mine else slice(0, batch_size)
+        scores_B2 = score(sequence_ids[batch])
+        if mine:
+            result_N2[batch] = scores_B2.double().cpu().numpy()
     return result_N2

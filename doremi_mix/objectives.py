@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,19 +17,40 @@ from doremi_mix.dro import DomainSums, GroupDROState, domain_sums, init_group_dr
 from doremi_mix.types import Domains
 
 MicroBatch = dict[str, Tensor]
-"""Tensors of one forward pass: input_ids_BT, labels_BT, position_ids_BT, document_ids_BT, domain_ids_B and, for the
-proxy, reference_loss_BT."""
+"""Tensors of one forward pass: input_ids_BT, labels_BT, position_ids_BT, document_ids_BT, domain_ids_B, optionally what
+the host knows and the device would have to ask for (label_index_N, document_starts_C), and, for the proxy,
+reference_loss_BT."""
+
+
+class StepRecord(NamedTuple):
+    """What one step has to say.
+
+    Attributes:
+        loss: that was minimized, nats per token.
+        num_tokens: unmasked tokens of the effective batch.
+        trajectory: one line of ``trajectory.jsonl`` (see ``types.TrajectoryPoint``); None for plain training.
+    """
+
+    loss: float
+    num_tokens: int
+    trajectory: dict[str, Any] | None = None
 
 
 class Objective(Protocol):
-    """What a training step minimizes."""
+    """What a training step minimizes.
+
+    Attributes:
+        has_trajectory: whether its records have a line for ``trajectory.jsonl``.
+    """
+
+    has_trajectory: bool
 
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
         """Adds the gradient of one step; returns what to log, still on the device."""
         ...
 
-    def record(self, step: int, logged: Tensor) -> tuple[dict[str, Any], float]:
-        """Turns what was logged into a JSON object and the loss to show."""
+    def record(self, step: int, logged: Tensor) -> StepRecord:
+        """Turns what was logged into plain numbers."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -44,6 +65,8 @@ class Objective(Protocol):
 class PlainObjective:
     """The mean loss over the unmasked tokens of the effective batch."""
 
+    has_trajectory = False
+
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
         """Adds the gradient of one step; logs the sum of losses and the number of tokens."""
         num_tokens = torch.stack([counted(batch).sum() for batch in batches]).sum()
@@ -57,10 +80,9 @@ class PlainObjective:
             total += loss.detach().double()
         return torch.stack([accelerator.reduce(total, "sum"), num_tokens.double()])
 
-    def record(self, step: int, logged: Tensor) -> tuple[dict[str, Any], float]:
-        """Returns step, loss (nats per token) and tokens."""
-        loss = float(logged[0])
-        return {"step": step, "loss": loss, "num_tokens": int(logged[1])}, loss
+    def record(self, step: int, logged: Tensor) -> StepRecord:  # noqa: ARG002 (the protocol's)
+        """Returns loss and tokens."""
+        return StepRecord(float(logged[0]), int(logged[1]))
 
     def state(self) -> dict[str, Any]:
         """There is nothing to keep."""
@@ -76,6 +98,8 @@ class GroupDROObjective:
     With one micro-batch per process, one forward pass serves both.  With several, a first pass without gradient finds
     the excess losses of the whole effective batch (a third more operations; memory stays that of one micro-batch).
     """
+
+    has_trajectory = True
 
     def __init__(self, domains: Domains, *, step_size: float, smoothing: float) -> None:
         self.domains = domains
@@ -114,8 +138,8 @@ class GroupDROObjective:
                 accelerator.backward(loss * accelerator.num_processes)
         return torch.stack([self.dro.weights_K, *sums])
 
-    def record(self, step: int, logged: Tensor) -> tuple[dict[str, Any], float]:
-        """Returns one line of ``trajectory.jsonl`` (see ``types.TrajectoryPoint``) and the weighted loss."""
+    def record(self, step: int, logged: Tensor) -> StepRecord:
+        """Returns the weighted loss, tokens, and one line of ``trajectory.jsonl``."""
         weights_K, sums = logged[0], DomainSums(*logged[1:].unbind(0))
         columns = {
             "domain_weights": weights_K,
@@ -125,7 +149,8 @@ class GroupDROObjective:
             "reference_loss": sums.mean(sums.reference_loss_K),
         }
         values = {key: dict(zip(self.domains, column.tolist(), strict=True)) for key, column in columns.items()}
-        return {"step": step, **values}, float((weights_K * columns["proxy_loss"]).sum())
+        loss = float((weights_K * columns["proxy_loss"]).sum())
+        return StepRecord(loss, int(sums.num_tokens_K.sum()), {"step": step, **values})
 
     def state(self) -> dict[str, Any]:
         """Returns the weights, their sum and the number of updates."""
@@ -139,7 +164,12 @@ class GroupDROObjective:
 def forward(model: Any, batch: MicroBatch) -> Tensor:
     """Returns the loss on each token, shape [B, T]."""
     loss_BT: Tensor = model(
-        batch["input_ids_BT"], batch["labels_BT"], batch["position_ids_BT"], batch["document_ids_BT"]
+        batch["input_ids_BT"],
+        batch["labels_BT"],
+        batch["position_ids_BT"],
+        batch["document_ids_BT"],
+        batch.get("label_index_N"),
+        batch.get("document_starts_C"),
     )
     return loss_BT
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doremi_mix.checks import check_model_name, check_proxy_batch, check_reference_weights, check_vocab_size
+from doremi_mix.checks import (
+    check_adapters,
+    check_model_name,
+    check_proxy_batch,
+    check_reference_weights,
+    check_vocab_size,
+)
 from doremi_mix.config import Config, parse_config
 from doremi_mix.config_file import anchor_paths, apply_overrides, dump_yaml, merge
 from doremi_mix.distributed import Processes, join_processes
-from doremi_mix.errors import ConfigError, DataError
+from doremi_mix.errors import ConfigError, DataError, RunDirectoryError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
 from doremi_mix.progress import Narrator, format_seconds
-from doremi_mix.run import RunDirectory
+from doremi_mix.run import RunDirectory, write_atomic
 from doremi_mix.sources.files import find_files
 from doremi_mix.stages import run_pipeline
 from doremi_mix.stages.load import list_sources, peek_sources
@@ -150,6 +157,7 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
                 f"{section}.batch_size; lower it"
             )
         check_model_name(settings.model, f"{section}.model")
+        check_adapters(settings, section)
 
 
 @contextlib.contextmanager
@@ -184,9 +192,29 @@ def open_run(
         if processes.is_main:
             run.save(given, hardware, dump_yaml(config.model_dump(mode="json", by_alias=True)))
         processes.wait()
+        _check_shared(run, processes)
         if hardware != detect_hardware():
             narrator.say(f"note: this run was planned for {hardware}, but goes on on {detect_hardware()}")
         yield OpenRun(run, config, narrator, processes)
+
+
+def _check_shared(run: RunDirectory, processes: Processes) -> None:
+    """Raises RunDirectoryError where a process does not see the folder into which the first one writes."""
+    token = f"{os.getpid()} {time.time_ns()}"
+    path = run.path / ".shared"
+    if processes.count > 1 and processes.is_main:
+        write_atomic(path, token)
+    token = processes.from_main(token)
+    seen = processes.count == 1 or (path.exists() and path.read_text(encoding="utf-8") == token)
+    # Everybody has looked before the first process goes on.
+    processes.wait()
+    if not seen:
+        raise RunDirectoryError(
+            f"{run.path}: this process does not see the run directory of the first one; "
+            "all machines must share the folder (for example over NFS)"
+        )
+    if processes.count > 1 and processes.is_main:
+        path.unlink()
 
 
 def describe_plan(config: Config, hardware: str) -> list[str]:

@@ -16,13 +16,17 @@ from doremi_mix.config import Config, TrainingConfig
 from doremi_mix.presets import PRESETS, Preset, is_config_only
 
 if TYPE_CHECKING:
-    from doremi_mix.models import TokenInfo
+    import torch
+
+    from doremi_mix.adapters import LoraSettings
+    from doremi_mix.models import TokenInfo, TokenLossModel
 
 CPU_STEPS = 400
 CUDA_STEPS = 2_000
 CUDA_BATCH_SIZE = 64
 CPU_BATCH_SIZE = 24
 CHECKPOINT_LEARNING_RATE = 2e-5
+LORA_LEARNING_RATE = 2e-4
 MICRO_BATCH_TOKENS = 65_536
 """Tokens in one forward pass at most: what a 280 M model in bf16 needs for them fits a data-center GPU."""
 
@@ -77,7 +81,9 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
     batch_size = reference.batch_size or config.proxy.batch_size or max(least, 2 * num_domains)
     steps = reference.steps or config.proxy.steps or (CUDA_STEPS if on_gpu else CPU_STEPS)
 
-    def rate(name: str) -> float:
+    def rate(name: str, lora_rank: int | None) -> float:
+        if lora_rank is not None:
+            return LORA_LEARNING_RATE
         if name in PRESETS:
             return PRESETS[name].learning_rate
         # Fresh weights of some size are trained like those that the hardware would get.
@@ -85,12 +91,20 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
 
     def filled(section: TrainingConfig, like: TrainingConfig) -> dict[str, object]:
         own_model = section.model or like.model or model
-        own_rate = section.learning_rate or (like.learning_rate if own_model == like.model else None) or rate(own_model)
+        same_model = own_model == like.model
+        own_rank = section.lora_rank or (like.lora_rank if same_model else None)
+        same_rate = like.learning_rate if same_model and own_rank == like.lora_rank else None
         own_batch = section.batch_size or like.batch_size or batch_size
         own_steps = section.steps or like.steps or steps
         return {
             "model": own_model,
-            "learning_rate": own_rate,
+            "learning_rate": section.learning_rate or same_rate or rate(own_model, own_rank),
+            "lora_rank": own_rank,
+            "lora_alpha": section.lora_alpha or (like.lora_alpha if same_model else None),
+            "lora_target_modules": section.lora_target_modules or (like.lora_target_modules if same_model else None),
+            "gradient_checkpointing": _first(section.gradient_checkpointing, like.gradient_checkpointing, False),
+            "shard": _first(section.shard, like.shard, False),
+            "compile": _first(section.compile, like.compile),
             "batch_size": own_batch,
             "steps": own_steps,
             "checkpoint_every": section.checkpoint_every or max(1, math.ceil(own_steps / 20)),
@@ -104,6 +118,58 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
             "proxy": config.proxy.model_copy(update=filled(config.proxy, new_reference)),
         }
     )
+
+
+def _first(*values: bool | None) -> bool | None:
+    """Returns the first value that was given."""
+    return next((value for value in values if value is not None), None)
+
+
+def lora_settings(section: TrainingConfig) -> LoraSettings | None:
+    """Returns what adapters a section asks for, if any."""
+    from doremi_mix.adapters import LoraSettings
+
+    if section.lora_rank is None:
+        return None
+    return LoraSettings(
+        rank=section.lora_rank,
+        alpha=section.lora_alpha or 2.0 * section.lora_rank,
+        target_modules=section.lora_target_modules,
+    )
+
+
+def new_model(section: TrainingConfig, tokens: TokenInfo, context_length: int, adapter: str) -> TokenLossModel:
+    """Builds or loads the model that a section names, ready to be trained.
+
+    Args:
+        section: of a stage, without choices left.
+        tokens: of the run's tokenizer.
+        context_length: tokens in a packed sequence.
+        adapter: what to call the LoRA adapter, where there is one.
+    """
+    from doremi_mix.models import build_model
+
+    assert section.model is not None
+    return build_model(
+        section.model,
+        tokens,
+        context_length,
+        section.seed,
+        trust_remote_code=section.trust_remote_code,
+        lora=lora_settings(section),
+        adapter=adapter,
+        base_dtype=base_dtype(section),
+    )
+
+
+def base_dtype(section: TrainingConfig) -> torch.dtype | None:
+    """Returns the number format of a base model under adapters; None where the weights are trained, in float32."""
+    import torch
+
+    from doremi_mix.engine import has_bf16
+
+    # A frozen base gets no updates that bf16 could lose, and takes half the memory.
+    return torch.bfloat16 if section.lora_rank is not None and has_bf16() else None
 
 
 def accumulation(section: TrainingConfig, context_length: int, num_processes: int) -> int:
@@ -138,11 +204,7 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
     if size is None or size > max_parameters:
         return Estimate({}, size or 0, amounts)
     train_seconds, score_seconds, size = _measure_step(config, reference, tokens)
-    proxy_seconds = (
-        train_seconds
-        if (proxy.model, proxy.batch_size) == (reference.model, reference.batch_size)
-        else _measure_step(config, proxy, tokens)[0]
-    )
+    proxy_seconds = train_seconds if _step_of(proxy) == _step_of(reference) else _measure_step(config, proxy, tokens)[0]
     seconds = {
         "reference": train_seconds * reference.steps,
         "reference_losses": score_seconds * proxy.steps * proxy.batch_size / reference.batch_size,
@@ -163,20 +225,28 @@ def _num_parameters(model: str, tokens: TokenInfo) -> int | None:
     return sum(file.stat().st_size for file in files) // 2 if files or Path(model).exists() else None
 
 
+def _step_of(section: TrainingConfig) -> tuple[object, ...]:
+    """What the time of a step depends on."""
+    return section.model, section.batch_size, section.lora_rank, section.gradient_checkpointing
+
+
 def _measure_step(config: Config, section: TrainingConfig, tokens: TokenInfo) -> tuple[float, float, int]:
     """Returns seconds for a training step, for scoring the same batch, and the number of parameters."""
     import torch
 
-    from doremi_mix.models import build_model, num_parameters
-    from doremi_mix.train import make_accelerator
+    from doremi_mix.adapters import remove_adapter
+    from doremi_mix.engine import EngineSettings, make_accelerator, prepare_to_score
+    from doremi_mix.models import enable_gradient_checkpointing, num_parameters
 
-    assert section.model and section.batch_size and config.tokenize.context_length
+    assert section.batch_size and config.tokenize.context_length
     T = config.tokenize.context_length
     with torch.random.fork_rng():
-        model = build_model(section.model, tokens, T, 0, trust_remote_code=section.trust_remote_code)
+        model = new_model(section, tokens, T, "estimate")
         accelerator = make_accelerator()
-        # Unwrapped on purpose: an estimate needs no exchange between processes.
-        model.to(accelerator.device)
+        if section.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        # Not split, and unwrapped on purpose: an estimate needs no exchange between processes.
+        model = prepare_to_score(model, EngineSettings(), accelerator, alone=True)
         parts = accumulation(section, T, accelerator.num_processes)
         B = max(1, section.batch_size // (parts * accelerator.num_processes))
         ids_BT = torch.randint(tokens.vocab_size, (B, T), device=accelerator.device)
@@ -197,4 +267,8 @@ def _measure_step(config: Config, section: TrainingConfig, tokens: TokenInfo) ->
         run(train=True)
         train_seconds = min(run(train=True) for _ in range(2))
         score_seconds = min(run(train=False) for _ in range(2))
-    return train_seconds * parts, score_seconds * parts, num_parameters(model)
+        size = num_parameters(model)
+        if model.adapter is not None:
+            # The base stays in memory for the stages to come.
+            remove_adapter(model.model, model.adapter)
+    return train_seconds * parts, score_seconds * parts, size

@@ -48,7 +48,7 @@ def is_config_only(name: str) -> bool:
     """Says whether a model is given by its ``config.json`` alone, so that its weights start fresh."""
     path = Path(name).expanduser()
     if path.is_file():
-        return True
+        return path.suffix == ".json"
     weights = ("*.safetensors", "*.bin", "*.gguf")
     return (path / "config.json").is_file() and not any(any(path.glob(pattern)) for pattern in weights)
 

@@ -44,6 +44,12 @@ class Tracker:
             self._last_line = now
             self.narrator.say(self.line())
 
+    def resume_at(self, done: int) -> None:
+        """Starts counting, and timing, where an earlier process stopped."""
+        self.done = self._start_done = done
+        self._start = self._last_line = time.monotonic()
+        self.advance(0)
+
     def rate(self) -> float:
         """Returns units per second since the start of this process's work."""
         return (self.done - self._start_done) / max(time.monotonic() - self._start, 1e-9)

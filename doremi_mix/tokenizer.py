@@ -1,7 +1,8 @@
 """A tokenizer is a function from texts to ids whose output never holds a control token.
 
-Three kinds are read: Hugging Face ``tokenizer.json`` files, bare SentencePiece models, and whatever else transformers
-can load.  They end as one concrete class, because the pipeline asks only one thing of them.
+Four kinds are read: Hugging Face ``tokenizer.json`` files, bare SentencePiece models, the tokenizers inside GGUF files,
+and whatever else transformers can load.  They end as one concrete class, because the pipeline asks only one thing of
+them.
 
 Nothing heavy is imported at the top: tokenizers, sentencepiece and transformers load in the functions that use them.
 """
@@ -9,6 +10,7 @@ Nothing heavy is imported at the top: tokenizers, sentencepiece and transformers
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -138,11 +140,13 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
     """Loads a tokenizer from a file, a folder or the Hugging Face hub.
 
     A ``tokenizer.json`` is read as it is written; a folder without one but with a ``tokenizer.model``, and a bare
-    ``.model`` file, are read by SentencePiece itself and give its ids; any other folder goes through transformers.
+    ``.model`` file, are read by SentencePiece itself and give its ids; any other folder, and a ``.gguf`` file, goes
+    through transformers.
     From the hub, the tokenizer's files are fetched and read in the same way.
 
     Args:
-        name_or_path: a folder, a ``tokenizer.json`` file, a SentencePiece ``.model`` file or a hub name.
+        name_or_path: a folder, a ``tokenizer.json`` file, a SentencePiece ``.model`` file, a ``.gguf`` file or a hub
+            name.
         trust_remote_code: let transformers run code that comes with the tokenizer.
 
     Raises:
@@ -159,9 +163,11 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
         return _load_json(path, name)
     if path.suffix == ".model":
         return _load_sentencepiece(path, name, settings={}, files=[path])
+    if path.suffix == ".gguf":
+        return _load_gguf(path, name)
     raise ModelError(
-        f"tokenizer {name_or_path}: expected a folder, a tokenizer.json or a SentencePiece .model file, got a file "
-        f'ending in "{path.suffix}"; give the path of one of these'
+        f"tokenizer {name_or_path}: expected a folder, a tokenizer.json, a SentencePiece .model or a .gguf file, got a "
+        f'file ending in "{path.suffix}"; give the path of one of these'
     )
 
 
@@ -302,10 +308,8 @@ def _load_with_transformers(path: Path, name: str, files: Sequence[Path], *, tru
             "choose another tokenizer" if trust_remote_code else "if it needs its own code, set trust_remote_code: true"
         )
         raise ModelError(f"tokenizer {path}: transformers cannot load it ({_first_line(error)}); {hint}") from error
-    roles = ("eos_token", "bos_token", "unk_token", "pad_token")
-    settings = {role: getattr(tokenizer, role, None) for role in roles}
     if getattr(tokenizer, "is_fast", False):
-        return _from_backend(tokenizer.backend_tokenizer, name, settings, _digest(files))
+        return _from_backend(tokenizer.backend_tokenizer, name, _special_tokens(tokenizer), _digest(files))
     if tokenizer.eos_token_id is None:
         raise _no_end_token(name, None)
     control = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
@@ -326,6 +330,36 @@ def _load_with_transformers(path: Path, name: str, files: Sequence[Path], *, tru
         encode_raw=encode_raw,
         control_literals=tuple(control.values()),
     )
+
+
+def _load_gguf(path: Path, name: str) -> Tokenizer:
+    """Reads the tokenizer that a GGUF file carries beside the weights."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"tokenizer {path}: reading it needs the package gguf, which is not installed; "
+            "run: pip install 'doremi-mix[gguf]'"
+        )
+    import tokenizers
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # damaged files come as many classes
+        raise ModelError(
+            f"tokenizer {path}: transformers cannot read it ({_first_line(error)}); choose another tokenizer"
+        ) from error
+    # transformers gives it special tokens that the file has not, and the model no embeddings for.
+    own = set(backend.get_vocab(with_added_tokens=False).values())
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] in own]
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return _from_backend(backend, name, _special_tokens(tokenizer), _digest([path]))
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """Returns the spellings of the special tokens of a transformers tokenizer."""
+    return {role: getattr(tokenizer, role, None) for role in ("eos_token", "bos_token", "unk_token", "pad_token")}
 
 
 def _fetch(name: str, *, trust_remote_code: bool) -> Path:
@@ -381,7 +415,10 @@ def _no_end_token(name: str, named: str | None) -> ModelError:
 
 def _digest(files: Sequence[Path]) -> str:
     """Returns the sha256 of one file, or for several the sha256 of the list that ``sha256sum`` would print."""
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     if len(files) == 1:
         return digests[0]
     lines = sorted(f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True))

@@ -2,6 +2,9 @@
 
 Axes: B sequences (of a micro-batch), T tokens, K domains.  The effective batch of a step is split over processes and
 micro-batches; what is learned does not depend on how (up to the order of sums).
+
+A step never waits for the device: batches are read ahead by a thread and copied from pinned memory, losses are read
+back every ``FLUSH_EVERY`` steps, checkpoints are copied in the stream's order and written by a thread.
 """
 
 from __future__ import annotations
@@ -11,28 +14,36 @@ import math
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from doremi_mix.batches import Schedule
-from doremi_mix.checkpoints import cut_log, load_checkpoint, save_checkpoint
+from doremi_mix.checkpoints import cut_log, load_checkpoint, open_writer, restore_training_state, training_state
+from doremi_mix.engine import EngineSettings, is_sharded, make_accelerator, pinned, prepare, to_device, with_host_facts
 from doremi_mix.errors import ConfigError, DivergedError
 from doremi_mix.models import TokenLossModel
-from doremi_mix.objectives import MicroBatch, Objective
+from doremi_mix.objectives import MicroBatch, Objective, StepRecord
 from doremi_mix.progress import Tracker
 from doremi_mix.store import TokenStore
 
 FLUSH_EVERY = 20
 """Steps between readings of the losses from the device: each one waits for it."""
+READ_AHEAD = 3
+"""Steps whose batches are read before they are needed."""
+METRICS = "metrics.jsonl"
+TRAJECTORY = "trajectory.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,7 @@ class TrainingPlan:
         max_grad_norm: clip.
         gradient_accumulation_steps: micro-batches per process and step.
         checkpoint_every: steps between checkpoints.
+        engine: how a step is run.
     """
 
     stage: str
@@ -58,6 +70,7 @@ class TrainingPlan:
     max_grad_norm: float
     gradient_accumulation_steps: int
     checkpoint_every: int
+    engine: EngineSettings = field(default_factory=EngineSettings)
 
     def learning_rate_at(self, step: int) -> float:
         """Returns the learning rate of a step (from 0): a linear rise, then a cosine down to a tenth."""
@@ -68,16 +81,12 @@ class TrainingPlan:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def make_accelerator() -> Any:
-    """Returns the Accelerator of this process: bf16 autocast on CUDA, float32 on the CPU.
+class Trackers(Protocol):
+    """Where numbers go besides the logs (see ``tracking``)."""
 
-    Other devices (MPS) are passed over: they have no float64, in which the domain weights live.
-    """
-    from accelerate import Accelerator
-
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no")
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Takes the numbers of one step; never raises."""
+        ...
 
 
 def load_batch(store: TokenStore, sequence_ids: NDArray[np.int64]) -> MicroBatch:
@@ -92,10 +101,13 @@ def train(
     read: Callable[[NDArray[np.int64]], MicroBatch],
     plan: TrainingPlan,
     folder: Path,
-    log_name: str,
     tracker: Tracker,
+    open_trackers: Callable[[int], Any] | None = None,
 ) -> Any:
     """Trains a model, resuming from the folder's checkpoint when there is one.
+
+    Writes ``metrics.jsonl`` (loss, learning rate, gradient norm and throughput of each step) and, for group DRO,
+    ``trajectory.jsonl``.
 
     Args:
         model: a freshly built model; trained in place.
@@ -103,9 +115,9 @@ def train(
         schedule: the sequence ids of each step.
         read: makes a micro-batch from sequence ids.
         plan: the settings.
-        folder: where the checkpoint and the log live.
-        log_name: the log: one JSON object per step.
+        folder: where checkpoint and logs live.
         tracker: counts the tokens.
+        open_trackers: from the first step that will be logged to a context manager that gives ``Trackers``.
 
     Returns:
         The Accelerator, whose device holds the trained model.
@@ -115,51 +127,65 @@ def train(
         DivergedError: a loss is not finite.
     """
     accelerator = make_accelerator()
-    num_parts = accelerator.num_processes * plan.gradient_accumulation_steps
+    batch_size = _checked_batch_size(schedule, plan, accelerator)
+    with ExitStack() as stack:
+        # Before anything is built on the device: the schedule's first batch is also what the engine measures with.
+        example = read(schedule.batch(0)[: max(1, batch_size // _num_parts(plan, accelerator))])
+        num_passes = plan.steps * plan.gradient_accumulation_steps
+        prepared = prepare(model, plan.engine, accelerator, example, num_passes, tracker.narrator.say)
+        optimizer = _make_optimizer(model, plan)
+        sharded = is_sharded(plan.engine, accelerator.num_processes)
+        step = _restore(folder, model, optimizer, objective, accelerator)
+        tokens_per_step = batch_size * int(example["input_ids_BT"].shape[1])
+        tracker.resume_at(step * tokens_per_step)
+        trackers = stack.enter_context(open_trackers(step)) if open_trackers and accelerator.is_main_process else None
+        log = _Log(folder, objective, plan, accelerator, tokens_per_step, step, trackers)
+        writer = stack.enter_context(open_writer(folder))
+        interrupted = stack.enter_context(_interrupt_between_steps(accelerator))
+        for batches in stack.enter_context(_read_ahead(schedule, read, plan, step, accelerator, model)):
+            for group in optimizer.param_groups:
+                group["lr"] = plan.learning_rate_at(step)
+            logged = objective.backward(prepared, batches, accelerator)
+            norm = accelerator.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.add(logged, norm)
+            step += 1
+            stop = interrupted.is_set()
+            checkpoint = stop or step % plan.checkpoint_every == 0 or step == plan.steps
+            note = ""
+            if checkpoint or log.num_pending >= FLUSH_EVERY or accelerator.device.type == "cpu":
+                note = f"loss {_flush(log, to_disk=checkpoint):.3f}"
+            tracker.advance(tokens_per_step, note)
+            if checkpoint:
+                state = training_state(model, optimizer, sharded=sharded) if sharded or writes(accelerator) else {}
+                if writes(accelerator):
+                    writer.save({"step": step, **state, "objective": objective.state()})
+            if stop:
+                writer.wait()
+                raise KeyboardInterrupt
+    accelerator.wait_for_everyone()
+    return accelerator
+
+
+def writes(accelerator: Any) -> bool:
+    """Says whether this process writes files."""
+    return bool(accelerator.is_main_process)
+
+
+def _num_parts(plan: TrainingPlan, accelerator: Any) -> int:
+    return int(accelerator.num_processes) * plan.gradient_accumulation_steps
+
+
+def _checked_batch_size(schedule: Schedule, plan: TrainingPlan, accelerator: Any) -> int:
     batch_size = int(schedule.counts_SK[0].sum())
+    num_parts = _num_parts(plan, accelerator)
     if batch_size < num_parts:
         raise ConfigError(
             f"{plan.stage}.batch_size is {batch_size}, fewer than {accelerator.num_processes} processes x "
             f"{plan.gradient_accumulation_steps} micro-batches; raise it to {num_parts} or more"
         )
-    prepared = accelerator.prepare(model)
-    optimizer = _make_optimizer(model, plan)
-    step = _restore(folder, log_name, model, optimizer, objective, accelerator)
-    tokens_per_step = batch_size * int(read(schedule.batch(0)[:1])["input_ids_BT"].shape[1])
-    tracker.advance(0)
-    tracker.done = tracker._start_done = step * tokens_per_step
-    pending: list[Tensor] = []
-    with (
-        _interrupt_between_steps(accelerator) as interrupted,
-        _prefetch(schedule, read, plan, step, accelerator) as data,
-    ):
-        for batches in data:
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate_at(step)
-            pending.append(objective.backward(prepared, batches, accelerator))
-            accelerator.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            stop = interrupted.is_set()
-            checkpoint = stop or step % plan.checkpoint_every == 0 or step == plan.steps
-            note = ""
-            if checkpoint or len(pending) >= FLUSH_EVERY or accelerator.device.type == "cpu":
-                note = f"loss {_flush(folder / log_name, objective, pending, step, plan, accelerator):.3f}"
-                pending = []
-            tracker.advance(tokens_per_step, note)
-            if checkpoint and accelerator.is_main_process:
-                state = {
-                    "step": step,
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "objective": objective.state(),
-                }
-                save_checkpoint(folder, state)
-            if stop:
-                raise KeyboardInterrupt
-    accelerator.wait_for_everyone()
-    return accelerator
+    return batch_size
 
 
 def _make_optimizer(model: torch.nn.Module, plan: TrainingPlan) -> torch.optim.AdamW:
@@ -168,87 +194,162 @@ def _make_optimizer(model: torch.nn.Module, plan: TrainingPlan) -> torch.optim.A
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": plan.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
 def _restore(
-    folder: Path,
-    log_name: str,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective,
-    accelerator: Any,
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, objective: Objective, accelerator: Any
 ) -> int:
     """Brings everything to the state of the last checkpoint and returns its step."""
     state = load_checkpoint(folder)
     step = 0
     if state is not None:
         step = int(state["step"])
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        restore_training_state(model, optimizer, state)
         objective.restore(state["objective"])
-    if accelerator.is_main_process:
-        cut_log(folder / log_name, step)
+    if writes(accelerator):
+        for name in (METRICS, *([TRAJECTORY] if objective.has_trajectory else [])):
+            cut_log(folder / name, step)
     accelerator.wait_for_everyone()
     return step
 
 
-def _flush(
-    log: Path, objective: Objective, pending: Sequence[Tensor], step: int, plan: TrainingPlan, accelerator: Any
-) -> float:
-    """Reads the pending values from the device, checks them, appends them to the log, and returns the last loss."""
-    loss = math.nan
-    lines = []
-    for offset, logged in enumerate(torch.stack(list(pending)).cpu()):
-        number = step - len(pending) + offset + 1
-        if not bool(torch.isfinite(logged).all()):
-            raise DivergedError(
-                f"{plan.stage}: the loss is not finite at step {number} of {plan.steps}; "
-                f"lower {plan.stage}.learning_rate (it is {plan.learning_rate:g})"
-            )
-        record, loss = objective.record(number, logged)
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    if accelerator.is_main_process:
-        with log.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+class _Log:
+    """The steps that were not read back from the device yet, and the files that they go to."""
+
+    def __init__(
+        self,
+        folder: Path,
+        objective: Objective,
+        plan: TrainingPlan,
+        accelerator: Any,
+        tokens_per_step: int,
+        step: int,
+        trackers: Trackers | None,
+    ) -> None:
+        self.folder = folder
+        self.objective = objective
+        self.plan = plan
+        self.accelerator = accelerator
+        self.tokens_per_step = tokens_per_step
+        self.step = step
+        self.trackers = trackers
+        self._pending: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    @property
+    def num_pending(self) -> int:
+        """How many steps wait to be read."""
+        return len(self._pending)
+
+    def add(self, logged: Tensor, norm: Tensor) -> None:
+        """Keeps what a step has to say, on the device."""
+        self._pending.append(logged)
+        # A model that is split over processes has a norm that is, too.
+        self._norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm.detach())
+
+    def take(self) -> list[tuple[StepRecord, dict[str, float]]]:
+        """Reads the pending steps from the device and returns their records and metrics.
+
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        values = torch.stack(self._pending).cpu()
+        norms = torch.stack(self._norms).tolist()
+        now = time.perf_counter()
+        seconds = (now - self._since) / len(norms)
+        self._since = now
+        self._pending, self._norms = [], []
+        result = []
+        for logged, norm in zip(values, norms, strict=True):
+            self.step += 1
+            if not bool(torch.isfinite(logged).all()):
+                raise DivergedError(
+                    f"{self.plan.stage}: the loss is not finite at step {self.step} of {self.plan.steps}; "
+                    f"lower {self.plan.stage}.learning_rate (it is {self.plan.learning_rate:g})"
+                )
+            record = self.objective.record(self.step, logged)
+            metrics = {
+                "step": self.step,
+                "loss": record.loss,
+                "num_tokens": record.num_tokens,
+                "learning_rate": self.plan.learning_rate_at(self.step - 1),
+                "gradient_norm": norm,
+                "seconds": round(seconds, 6),
+                "tokens_per_second": round(self.tokens_per_step / seconds, 1),
+            }
+            result.append((record, metrics))
+        return result
+
+
+def _flush(log: _Log, *, to_disk: bool) -> float:
+    """Appends the pending steps to the logs and returns the last loss; before a checkpoint the logs reach the disk."""
+    taken = log.take()
+    if writes(log.accelerator):
+        _append(log.folder / METRICS, [metrics for _, metrics in taken], to_disk=to_disk)
+        if log.objective.has_trajectory:
+            _append(log.folder / TRAJECTORY, [record.trajectory for record, _ in taken], to_disk=to_disk)
+    if log.trackers is not None:
+        for record, metrics in taken:
+            log.trackers.log(_scalars(metrics, record), int(metrics["step"]))
+    return taken[-1][0].loss
+
+
+def _append(path: Path, records: Sequence[Any], *, to_disk: bool) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        if to_disk:
             file.flush()
             os.fsync(file.fileno())
-    return loss
+
+
+def _scalars(metrics: dict[str, float], record: StepRecord) -> dict[str, float]:
+    """Returns one level of numbers, as experiment trackers want them: ``domain_weights/<domain>`` and so on."""
+    values = {key: value for key, value in metrics.items() if key != "step"}
+    for key, by_domain in (record.trajectory or {}).items():
+        if isinstance(by_domain, dict):
+            values.update({f"{key}/{name}": value for name, value in by_domain.items()})
+    return values
 
 
 @contextmanager
-def _prefetch(
+def _read_ahead(
     schedule: Schedule,
     read: Callable[[NDArray[np.int64]], MicroBatch],
     plan: TrainingPlan,
     first_step: int,
     accelerator: Any,
+    model: TokenLossModel,
 ) -> Iterator[Iterator[list[MicroBatch]]]:
-    """Reads the next step's micro-batches in a thread while the current step computes."""
-    num_parts = accelerator.num_processes * plan.gradient_accumulation_steps
+    """Reads the next steps' micro-batches in a thread, into pinned memory, while the current step computes."""
+    num_parts = _num_parts(plan, accelerator)
     first_part = accelerator.process_index * plan.gradient_accumulation_steps
 
     def micro_batches(step: int) -> list[MicroBatch]:
         parts = np.array_split(schedule.batch(step), num_parts)
-        return [read(part) for part in parts[first_part : first_part + plan.gradient_accumulation_steps]]
+        mine = [
+            with_host_facts(read(part), model)
+            for part in parts[first_part : first_part + plan.gradient_accumulation_steps]
+        ]
+        if accelerator.device.type == "cuda":
+            mine = [{name: pinned(tensor) for name, tensor in batch.items()} for batch in mine]
+        return mine
 
     def steps(pool: ThreadPoolExecutor) -> Iterator[list[MicroBatch]]:
-        following = pool.submit(micro_batches, first_step) if first_step < plan.steps else None
-        for step in range(first_step, plan.steps):
-            assert following is not None
-            batches = following.result()
-            following = pool.submit(micro_batches, step + 1) if step + 1 < plan.steps else None
-            yield [to_device(batch, accelerator.device) for batch in batches]
+        coming: deque[Future[list[MicroBatch]]] = deque()
+        for step in range(first_step, plan.steps + READ_AHEAD):
+            if step < plan.steps:
+                coming.append(pool.submit(micro_batches, step))
+            if step >= first_step + READ_AHEAD and coming:
+                yield [to_device(batch, accelerator.device) for batch in coming.popleft().result()]
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        yield steps(pool)
-
-
-def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """Moves a micro-batch to the device, asynchronously from pinned memory on CUDA."""
-    if device.type == "cpu":
-        return batch
-    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as pool:
+        try:
+            yield steps(pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -20,7 +20,19 @@ CORE = [
     if path.relative_to(PACKAGE).parts[0]
     not in {*SHELL, *(f"{name}.py" for name in SHELL), "__main__.py", "__init__.py"}
 ]
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "sentencepiece", "pyarrow", "matplotlib"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "sentencepiece",
+    "pyarrow",
+    "matplotlib",
+    "wandb",
+    "tensorboard",
+    "peft",
+}
 
 
 def imported(path, *, top_level_only=False):

@@ -1,14 +1,30 @@
 """Packed documents do not see each other, padding influences nothing, and unfit models are refused."""
 
+import importlib.util
 import json
 
 import pytest
 import torch
 import transformers
 
+from doremi_mix import models
+from doremi_mix.attention import document_mask
 from doremi_mix.errors import ModelError
-from doremi_mix.models import TokenInfo, TokenLossModel, build_model, document_mask, num_parameters
-from doremi_mix.presets import PRESETS
+from doremi_mix.fitness import check_behavior
+from doremi_mix.models import (
+    TokenInfo,
+    TokenLossModel,
+    blocks,
+    build_model,
+    compile_blocks,
+    disable_gradient_checkpointing,
+    enable_gradient_checkpointing,
+    load_trained,
+    num_parameters,
+    save_model,
+    undo_compile,
+)
+from doremi_mix.presets import PRESETS, is_config_only
 
 TOKENS = TokenInfo(vocab_size=50, end_id=1, pad_id=0)
 
@@ -25,6 +41,13 @@ def small_model(kind="llama", **settings):
             "num_key_value_heads": 1,
         },
         "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+        "opt": {
+            "hidden_size": 16,
+            "word_embed_proj_dim": 16,
+            "ffn_dim": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        },
     }
     config = transformers.AutoConfig.for_model(
         kind, **{**sizes[kind], "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 1, **settings}
@@ -181,3 +204,292 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     small_model().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"garbage")
     assert refused(tmp_path / "model").startswith(f"model {tmp_path / 'model'}: cannot be loaded (")
+
+
+def test_a_checkpoints_padding_id_freezes_nothing(tmp_path):
+    small_model(pad_token_id=3).save_pretrained(tmp_path / "model")
+    assert build_model(str(tmp_path / "model"), TOKENS, 16, seed=0).model.get_input_embeddings().padding_idx is None
+
+
+def test_what_the_host_knows_reaches_the_loss(monkeypatch):
+    given = []
+
+    def spy(hidden_BTD, head_VD, labels_BT, **options):
+        given.append(options)
+        return torch.zeros(labels_BT.shape)
+
+    monkeypatch.setattr(models, "linear_cross_entropy", spy)
+    wrapped = TokenLossModel(small_model())
+    ids, labels, positions, documents = packed(5, 7)
+    wrapped(ids, labels, positions, documents)
+    assert not any(value is not None for value in given.pop().values())
+    wrapped.loss_kernel = "fused"
+    index = (labels != -100).flatten().nonzero().squeeze(1)
+    wrapped(ids, labels, positions, documents, index)
+    assert given[0]["label_index_N"] is index
+    assert given[0]["kernel"] == "fused"
+
+
+# --- leaks ---
+
+
+def everything_before(name, document_ids_BT, document_starts_C):
+    """A mask with no borders."""
+    B, T = document_ids_BT.shape
+    return {"attention_mask": torch.ones(B, 1, T, T, dtype=torch.bool).tril()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_a_leak_is_found_in_any_precision(monkeypatch, kind, dtype):
+    wrapped = TokenLossModel(small_model(kind).to(dtype))
+    check_behavior(wrapped, "m", 16)
+    monkeypatch.setattr(models, "attention_inputs", everything_before)
+    with pytest.raises(ModelError) as caught:
+        check_behavior(wrapped, "m", 16)
+    assert str(caught.value) == (
+        "model m: lets the documents of a packed sequence see each other (it ignores the attention mask or the "
+        "positions); choose another model"
+    )
+
+
+def test_positions_that_do_not_restart_are_found():
+    class Running(TokenLossModel):
+        def forward(self, ids, labels, positions, *rest):
+            return super().forward(ids, labels, torch.arange(ids.shape[1])[None], *rest)
+
+    with pytest.raises(ModelError, match="the positions"):
+        check_behavior(Running(small_model("gpt2")), "m", 16)
+
+
+def test_a_model_without_finite_losses_is_refused(tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    assert refused(tmp_path / "model") == (
+        f"model {tmp_path / 'model'}: its losses on random tokens are not finite; choose another model"
+    )
+
+
+# --- GGUF ---
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers": "blk",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_vocabulary():
+    """A byte-level alphabet, two merges and an end token: 259 tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return [*sorted(ByteLevel.alphabet()), "ab", "abc", "<|end|>"]
+
+
+def write_gguf(path, model):
+    """Writes a small Llama with a byte-level tokenizer as llama.cpp's converter does."""
+    import gguf
+
+    config, vocabulary = model.config, gguf_vocabulary()
+    end = len(vocabulary) - 1
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([gguf.TokenType.NORMAL] * end + [gguf.TokenType.CONTROL])
+    writer.add_token_merges(["a b", "ab c"])
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    for key, parameter in model.named_parameters():
+        array, name = parameter.detach().numpy(), key
+        if "q_proj" in key or "k_proj" in key:  # llama.cpp pairs the numbers that a rotation turns
+            heads = config.num_attention_heads if "q_proj" in key else config.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, array.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def random_gguf(path):
+    """Writes a file with a model of random weights, and returns the model."""
+    model = small_model(num_key_value_heads=1, vocab_size=259, tie_word_embeddings=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    write_gguf(path, model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, random_gguf(path)
+
+
+def test_a_gguf_file_gives_the_weights_that_were_written(gguf_file, tmp_path, capfd):
+    path, written = gguf_file
+    model = build_model(str(path), TokenInfo(259, 258, 258), 16, seed=0)
+    assert torch.equal(model(*packed(5, 7, 3)), TokenLossModel(written)(*packed(5, 7, 3)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert capfd.readouterr().err == ""
+    save_model(model, tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert torch.equal(load_trained(tmp_path / "saved")(*packed(5, 7, 3)), model(*packed(5, 7, 3)))
+
+
+def test_gguf_errors_say_what_to_do(gguf_file, tmp_path, monkeypatch):
+    path, _ = gguf_file
+    assert refused(path, TokenInfo(260, 258, 258)).startswith(f"model {path}: has 259 embeddings")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and no more")
+    message = refused(tmp_path / "broken.gguf")
+    assert message.startswith(f"model {tmp_path / 'broken.gguf'}: cannot be loaded (")
+    assert "\n" not in message
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    assert refused(path) == (
+        f"model {path}: reading it needs the package gguf, which is not installed; run: pip install 'doremi-mix[gguf]'"
+    )
+
+
+def test_only_a_json_file_or_a_folder_without_weights_is_a_config(tmp_path):
+    for name in ("config.json", "model.gguf", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert is_config_only(str(tmp_path / "config.json"))
+    assert not is_config_only(str(tmp_path / "model.gguf"))
+    assert not is_config_only(str(tmp_path / "model.safetensors"))
+    assert not is_config_only(str(tmp_path))
+    (tmp_path / "model.gguf").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    assert is_config_only(str(tmp_path))
+
+
+# --- saving ---
+
+
+def test_a_state_that_was_gathered_is_saved_in_the_models_place(tmp_path):
+    model = TokenLossModel(small_model(tie_word_embeddings=True), "m")
+    gathered = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    assert "model.lm_head.weight" in gathered
+    expected = model(*packed(16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    save_model(model, tmp_path / "model", gathered)
+    assert torch.equal(load_trained(tmp_path / "model")(*packed(16)), expected)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no dictionary)
+
+
+def test_a_model_that_cannot_be_read_back_is_named(tmp_path):
+    with pytest.raises(ModelError) as caught:
+        load_trained(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"model {tmp_path}: cannot be loaded (")
+    assert message.endswith("); run the stage that saved it again")
+
+
+# --- gradient checkpointing ---
+
+
+def losses_and_gradients(model):
+    """Losses, gradients, and how many numbers were kept for the backward pass."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(*packed(5, 7, 3))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), parameters)], sum(kept)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"attention_dropout": 0.5}),
+        ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
+        # Its blocks apply dropout by themselves, by their own training flag.
+        ("opt", {"dropout": 0.5}),
+    ],
+)
+def test_checkpointing_changes_memory_and_no_number(kind, settings):
+    model = TokenLossModel(small_model(kind, **settings))
+    plain, kept = losses_and_gradients(model)
+    keys = list(model.state_dict())
+    enable_gradient_checkpointing(model)
+    enable_gradient_checkpointing(model)  # again changes nothing
+    recomputed, kept_less = losses_and_gradients(model)
+    assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
+    assert kept_less < 0.6 * kept
+    assert list(model.state_dict()) == keys
+    assert not any(module.training for module in model.model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(*packed(5, 7, 3)), plain[0])
+    disable_gradient_checkpointing(model)
+    assert losses_and_gradients(model)[1] == kept
+
+
+def test_models_without_blocks_to_recompute_are_refused():
+    model = TokenLossModel(small_model(), "some/model")
+    model.model.supports_gradient_checkpointing = False
+    with pytest.raises(ModelError) as caught:
+        enable_gradient_checkpointing(model)
+    assert str(caught.value) == (
+        "model some/model: LlamaForCausalLM does not support gradient checkpointing; set gradient_checkpointing: false"
+    )
+
+
+# --- compilation ---
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler looks at it
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_compile_once_for_all_and_back(kind, checkpointing):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model = TokenLossModel(small_model(kind))
+    (expected, _), keys = losses_and_gradients(model), list(model.state_dict())
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, backend=counter)
+    found, _ = losses_and_gradients(model)
+    assert len(blocks(model)) == 2
+    assert counter.frame_count == 1
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(expected, found, strict=True))
+    assert list(model.state_dict()) == keys
+    undo_compile(model)
+    torch._dynamo.reset()
+    assert all(torch.equal(one, other) for one, other in zip(expected, losses_and_gradients(model)[0], strict=True))
+    assert counter.frame_count == 1

@@ -181,7 +181,7 @@ def test_a_diverging_run_says_what_to_lower(corpus, small_settings, tmp_path):
         learn(corpus, tmp_path / "run", quiet=True, **settings)
     assert "reference: the loss is not finite at step " in str(caught.value)
     assert str(caught.value).endswith(" of 12; lower reference.learning_rate (it is 1e+30)")
-    assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path / "run" / "reference" / "training.jsonl"))
+    assert all(math.isfinite(line["loss"]) for line in read_log(tmp_path / "run" / "reference" / "metrics.jsonl"))
     learn(corpus, tmp_path / "run", quiet=True, **small_settings)
 
 

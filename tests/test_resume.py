@@ -50,7 +50,7 @@ def undisturbed(arguments, tmp_path_factory):
     ("stage", "target", "count"),
     [
         ("tokenize", "doremi_mix.stages.tokenize:held_out_split", 1),
-        ("reference", "doremi_mix.train:save_checkpoint", 2),
+        ("reference", "doremi_mix.checkpoints:save_checkpoint", 2),
         ("reference", "doremi_mix.train:_flush", 4),
         ("reference_losses", "doremi_mix.stages.reference_losses:load_batch", 4),
         ("proxy", "doremi_mix.train:_flush", 12 + 9),
@@ -78,7 +78,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(arguments, undisturbed
     assert stopped.returncode == 130
     assert stopped.stderr.splitlines()[-1] == "stopped; the same command goes on from the last checkpoint"
     assert (tmp_path / "run" / "reference" / "checkpoint.pt").exists()
-    assert len((tmp_path / "run" / "reference" / "training.jsonl").read_text().splitlines()) in (3, 4)
+    assert len((tmp_path / "run" / "reference" / "metrics.jsonl").read_text().splitlines()) in (3, 4)
     again = run(arguments, tmp_path / "run")
     assert again.returncode == 0, again.stderr
     for name in RESULTS:

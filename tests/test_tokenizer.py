@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_models import gguf_vocabulary, random_gguf
 
 from doremi_mix.bpe import train_byte_level_bpe
 from doremi_mix.errors import ConfigError, ModelError
@@ -366,6 +368,42 @@ def test_tokenizers_written_in_python_are_covered_too(tmp_path):
     assert control_in(tokenizer, ["a</s><pad><extra_id_0>b"]) == set()
 
 
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    random_gguf(path)
+    return path
+
+
+def test_the_tokenizer_of_a_gguf_file_has_its_tokens_and_no_others(gguf_file):
+    tokenizer = load_tokenizer(str(gguf_file))
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.end_id, tokenizer.pad_id) == ("tiny.gguf", 259, 258, 258)
+    assert tokenizer.sha256 == hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    assert tokenizer.control_ids == {258}
+    vocabulary = gguf_vocabulary()
+    (ids,) = tokenizer.encode_batch(["abcab a<|end|><|endoftext|>"])
+    pieces = [vocabulary[index] for index in ids]
+    assert pieces == ["abc", "ab", "Ġ", "a", *"<|end|><|endoftext|>"]
+
+
+def test_gguf_files_that_cannot_be_read_are_named(gguf_file, tmp_path, monkeypatch):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and no more")
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(str(tmp_path / "broken.gguf"))
+    message = str(caught.value)
+    assert message.startswith(f"tokenizer {tmp_path}/broken.gguf: transformers cannot read it (")
+    assert message.endswith("); choose another tokenizer")
+    assert "\n" not in message
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(str(gguf_file))
+    assert str(caught.value) == (
+        f"tokenizer {gguf_file}: reading it needs the package gguf, which is not installed; "
+        "run: pip install 'doremi-mix[gguf]'"
+    )
+
+
 def test_loading_errors_say_what_to_do(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -392,8 +430,8 @@ def test_loading_errors_say_what_to_do(tmp_path, monkeypatch):
         "(EOF while parsing an object at line 1 column 1); choose another tokenizer",
         f"{tmp_path}/broken.model": f"tokenizer {tmp_path}/broken.model: not a SentencePiece model; choose another "
         "tokenizer",
-        f"{tmp_path}/vocab.bin": f"tokenizer {tmp_path}/vocab.bin: expected a folder, a tokenizer.json or a "
-        'SentencePiece .model file, got a file ending in ".bin"; give the path of one of these',
+        f"{tmp_path}/vocab.bin": f"tokenizer {tmp_path}/vocab.bin: expected a folder, a tokenizer.json, a "
+        'SentencePiece .model or a .gguf file, got a file ending in ".bin"; give the path of one of these',
         str(
             no_end
         ): "tokenizer no_end: no end token: expected one to end each response with, got none (none is named); "

@@ -1,20 +1,15 @@
 """The training step: micro-batches and processes change nothing but the order of sums."""
 
 import copy
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import read_log
 
-from doremi_mix import learn
+from doremi_mix.engine import make_accelerator
 from doremi_mix.models import TokenInfo, build_model
 from doremi_mix.objectives import GroupDROObjective, PlainObjective
-from doremi_mix.train import TrainingPlan, make_accelerator
+from doremi_mix.train import TrainingPlan
 from doremi_mix.types import Domains
 
 
@@ -95,46 +90,3 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
     assert rates[:10].tolist() == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert (np.diff(rates[10:]) < 0).all()
     assert rates[-1] == pytest.approx(0.1, abs=0.001)
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def test_two_processes_equal_one_with_accumulation_two(corpus, model_config, tmp_path):
-    """The first 50 updates within 1e-5, and exactly the same draws."""
-    settings = {
-        "tokenize.vocab_size": 400,
-        "tokenize.context_length": 64,
-        "reference.model": str(model_config),
-        "reference.steps": 50,
-        "reference.batch_size": 7,  # does not divide by two
-        "reference.learning_rate": 0.003,
-    }
-    sets = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
-    launch = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(_free_port())),
-        *("-m", "doremi_mix", "learn", str(corpus), "--run-dir", str(tmp_path / "two"), *sets),
-    ]
-    done = subprocess.run(
-        launch, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    sections = {}
-    for key, value in settings.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    sections["reference"]["gradient_accumulation_steps"] = 2
-    sections["proxy"] = {"gradient_accumulation_steps": 2}
-    learn(corpus, tmp_path / "one", quiet=True, **sections)
-    one, two = (read_log(tmp_path / name / "proxy" / "trajectory.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 50
-    for left, right in zip(one, two, strict=True):
-        assert right["domain_weights"] == pytest.approx(left["domain_weights"], abs=1e-5)
-    draws = [(tmp_path / name / "reference_losses" / "sequence_ids.npy").read_bytes() for name in ("one", "two")]
-    assert draws[0] == draws[1]
-    trained = [read_log(tmp_path / name / "reference" / "training.jsonl") for name in ("one", "two")]
-    assert [line["num_tokens"] for line in trained[0]] == [line["num_tokens"] for line in trained[1]]

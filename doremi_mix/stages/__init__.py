@@ -115,7 +115,7 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
-        outputs=("model/config.json", "weights.json", "metrics.json"),
+        outputs=("model", "weights.json", "metrics.json", "metrics.jsonl"),
     ),
     Stage(
         "reference_losses",

@@ -1,13 +1,13 @@
 """Stage proxy: train the proxy model with group DRO, which moves the domain weights.
 
-Writes ``trajectory.jsonl`` (one line per update, see ``types.TrajectoryPoint``), ``average.json`` (the mean of alpha_1
-to alpha_T), ``model/`` and ``metrics.json`` (held-out loss per domain).
+Writes ``trajectory.jsonl`` (one line per update, see ``types.TrajectoryPoint``), ``metrics.jsonl`` (loss and throughput
+of each step), ``average.json`` (the mean of alpha_1 to alpha_T), ``model/`` and ``metrics.json`` (held-out loss per
+domain).
 """
 
 from __future__ import annotations
 
 from doremi_mix.dro import average_weights
-from doremi_mix.models import num_parameters
 from doremi_mix.objectives import GroupDROObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
@@ -27,11 +27,11 @@ def run(context: StageContext) -> str:
     schedule = proxy_schedule(context.config, store)
     objective = GroupDROObjective(store.domains, step_size=section.step_size, smoothing=section.smoothing)
     cached = ReferenceLosses(context.run.stage_path("reference_losses"))
-    model, losses = train_and_score(context, section, objective, schedule, "trajectory.jsonl", cached.read)
+    model, losses = train_and_score(context, section, objective, schedule, cached.read)
     if context.processes.is_main:
         average_K = average_weights(objective.dro).tolist()
         write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))
-        write_metrics(context.folder / "metrics.json", losses, schedule, store.domains, num_parameters(model))
+        write_metrics(context, losses, schedule, store.domains, model)
         top = max(range(len(average_K)), key=average_K.__getitem__)
         return f"largest average weight {average_K[top]:.3f} on {store.domains.names[top]}"
     return ""

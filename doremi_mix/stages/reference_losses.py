@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from doremi_mix.models import load_trained
+from doremi_mix.engine import make_accelerator, prepare_to_score, to_device, with_host_facts
 from doremi_mix.objectives import forward
 from doremi_mix.run import read_json, write_atomic, write_json
 from doremi_mix.stages import StageContext
-from doremi_mix.stages.training import SCORE_TOKENS, open_store, proxy_schedule
-from doremi_mix.train import load_batch, make_accelerator, to_device
+from doremi_mix.stages.training import SCORE_TOKENS, engine_settings, open_store, proxy_schedule, trained_model
+from doremi_mix.train import load_batch
 
 SCORED = "scored.json"
 SAVE_EVERY = 32
@@ -53,10 +53,8 @@ def run(context: StageContext) -> str:
     ids = proxy_schedule(context.config, store).drawn()
     T = store.context_length
     accelerator = make_accelerator()
-    model = load_trained(
-        context.run.stage_path("reference") / "model",
-        trust_remote_code=context.config.reference.trust_remote_code,
-    ).to(accelerator.device)
+    section = context.config.reference
+    model = prepare_to_score(trained_model(context.run, section), engine_settings(section), accelerator)
     path = context.folder / "losses.f32"
     if context.processes.is_main:
         _prepare(context.folder, ids, path, num_bytes=len(ids) * T * 4)
@@ -70,15 +68,19 @@ def run(context: StageContext) -> str:
         context.narrator.track("reference_losses", len(ids) * T, "tokens", first * T) as tracker,
         torch.no_grad(),
     ):
-        for number, start in enumerate(range(first, len(ids), batch_size)):
-            if number % accelerator.num_processes == accelerator.process_index:
-                rows = slice(start, start + batch_size)
-                batch = to_device(load_batch(store, ids[rows]), accelerator.device)
-                with accelerator.autocast():
-                    losses_RT[rows] = forward(model, batch).float().cpu().numpy()
-            tracker.advance(len(ids[start : start + batch_size]) * T)
-            if (number + 1) % (SAVE_EVERY * accelerator.num_processes) == 0:
-                _save_progress(context, losses_RT, accelerator, start + batch_size)
+        group = batch_size * accelerator.num_processes
+        for number, start in enumerate(range(first, len(ids), group)):
+            mine = start + batch_size * accelerator.process_index
+            # Without work of its own, a process scores the group's first batch: a split model needs all of them.
+            rows = slice(mine, mine + batch_size) if mine < len(ids) else slice(start, start + batch_size)
+            batch = to_device(with_host_facts(load_batch(store, ids[rows]), model), accelerator.device)
+            with accelerator.autocast():
+                loss_BT = forward(model, batch)
+            if mine < len(ids):
+                losses_RT[rows] = loss_BT.float().cpu().numpy()
+            tracker.advance(len(ids[start : start + group]) * T)
+            if (number + 1) % SAVE_EVERY == 0:
+                _save_progress(context, losses_RT, accelerator, start + group)
     _save_progress(context, losses_RT, accelerator, len(ids))
     return f"{len(ids):,} of {store.num_sequences():,} sequences scored, {len(ids) * T * 4 / 2**20:,.0f} MiB"
 

@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from doremi_mix.batches import Schedule
-from doremi_mix.config import Config, TrainingConfig
+from doremi_mix.checkpoints import whole_state
+from doremi_mix.config import Config, ReferenceConfig, TrainingConfig
+from doremi_mix.engine import EngineSettings, is_sharded, to_device, with_host_facts
 from doremi_mix.evaluation import score_sequences, summarize_losses
 from doremi_mix.mixture import natural_weights
-from doremi_mix.models import TokenInfo, TokenLossModel, build_model
+from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model
 from doremi_mix.objectives import Objective, counted, forward
-from doremi_mix.plan import accumulation
+from doremi_mix.plan import accumulation, base_dtype, new_model
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.store import Split, TokenStore
-from doremi_mix.train import TrainingPlan, load_batch, to_device, train
+from doremi_mix.tracking import TrackingSettings, open_trackers
+from doremi_mix.train import TrainingPlan, load_batch, train
 from doremi_mix.types import DomainLoss, Domains
 
 SCORE_TOKENS = 16_384
@@ -80,12 +83,24 @@ def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
     return make_schedule(store, dict.fromkeys(store.domains, 1 / len(store.domains)), config.proxy)
 
 
+def trained_model(run: RunDirectory, section: ReferenceConfig) -> TokenLossModel:
+    """Loads what stage reference saved; adapters go over the base that is in memory already, when it is."""
+    folder = run.stage_path("reference") / "model"
+    return load_trained(folder, trust_remote_code=section.trust_remote_code, base_dtype=base_dtype(section))
+
+
+def engine_settings(section: TrainingConfig) -> EngineSettings:
+    """Returns how a section's steps are run."""
+    return EngineSettings(
+        gradient_checkpointing=bool(section.gradient_checkpointing), shard=bool(section.shard), compile=section.compile
+    )
+
+
 def train_and_score(
     context: StageContext,
     section: TrainingConfig,
     objective: Objective,
     schedule: Schedule,
-    log_name: str,
     reference_losses: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
 ) -> tuple[TokenLossModel, dict[str, DomainLoss]]:
     """Builds the stage's model, trains it, saves it in Hugging Face layout and scores the held-out sequences.
@@ -95,7 +110,6 @@ def train_and_score(
         section: its settings.
         objective: what a step minimizes.
         schedule: its draws.
-        log_name: one line per step.
         reference_losses: from sequence ids to the reference model's losses [B, T]; None for plain training.
 
     Returns:
@@ -104,7 +118,7 @@ def train_and_score(
     store = open_store(context.run)
     stage = context.folder.name
     T = store.context_length
-    assert section.model and section.steps and section.batch_size and section.learning_rate and section.checkpoint_every
+    assert section.steps and section.batch_size and section.learning_rate and section.checkpoint_every
 
     def read(ids: NDArray[np.int64]) -> dict[str, Tensor]:
         batch = load_batch(store, ids)
@@ -121,18 +135,41 @@ def train_and_score(
         max_grad_norm=section.max_grad_norm,
         gradient_accumulation_steps=accumulation(section, T, context.processes.count),
         checkpoint_every=section.checkpoint_every,
+        engine=engine_settings(section),
     )
-    model = build_model(
-        section.model, token_info(context.run), T, section.seed, trust_remote_code=section.trust_remote_code
-    )
+    model = new_model(section, token_info(context.run), T, stage)
     with context.narrator.track(stage, section.steps * section.batch_size * T, "tokens") as tracker:
-        accelerator = train(model, objective, schedule, read, plan, context.folder, log_name, tracker)
-    if accelerator.is_main_process:
-        target = context.folder / "model"
-        shutil.rmtree(target, ignore_errors=True)
-        model.model.save_pretrained(str(target))
-    accelerator.wait_for_everyone()
+        accelerator = train(
+            model, objective, schedule, read, plan, context.folder, tracker, _trackers(context, section, stage)
+        )
+    _save(model, plan.engine, accelerator, context.folder / "model")
     return model, held_out_losses(store, model, accelerator)
+
+
+def _trackers(context: StageContext, section: TrainingConfig, stage: str) -> Callable[[int], Any]:
+    """Returns what opens the experiment trackers that the configuration asks for."""
+    wanted = context.config.tracking
+    settings = TrackingSettings(
+        trackers=wanted.trackers,
+        project=wanted.project,
+        run_name=wanted.run_name or context.run.path.absolute().name,
+        wandb_mode=wanted.wandb_mode,
+    )
+
+    def open_them(first_step: int) -> Any:
+        config = section.result_settings()
+        return open_trackers(settings, context.run.path / "tracking", stage, config, first_step, context.narrator.say)
+
+    return open_them
+
+
+def _save(model: TokenLossModel, engine: EngineSettings, accelerator: Any, target: Path) -> None:
+    """Writes the trained model in Hugging Face layout, whole, whatever process holds which part."""
+    whole = whole_state(model) if is_sharded(engine, accelerator.num_processes) else None
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        save_model(model, target, whole)
+    accelerator.wait_for_everyone()
 
 
 def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) -> dict[str, DomainLoss]:
@@ -141,7 +178,7 @@ def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) 
     all_ids = np.concatenate(ids_by_domain)
 
     def score(ids: NDArray[np.int64]) -> Tensor:
-        batch = to_device(load_batch(store, ids), accelerator.device)
+        batch = to_device(with_host_facts(load_batch(store, ids), model), accelerator.device)
         with accelerator.autocast():
             loss_BT = forward(model, batch)
         return torch.stack([loss_BT.double().sum(1), counted(batch).sum(1).double()], dim=1)
@@ -160,14 +197,20 @@ def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) 
 
 
 def write_metrics(
-    path: Path, losses: dict[str, DomainLoss], schedule: Schedule, domains: Domains, num_parameters: int
+    context: StageContext,
+    losses: dict[str, DomainLoss],
+    schedule: Schedule,
+    domains: Domains,
+    model: TokenLossModel,
 ) -> float:
     """Writes held-out losses and epochs per domain; returns the average of the losses over domains (nats per token)."""
     average = math.fsum(loss.loss for loss in losses.values()) / len(losses) if losses else math.nan
     write_json(
-        path,
+        context.folder / "metrics.json",
         {
-            "num_parameters": num_parameters,
+            "num_parameters": num_parameters(model),
+            "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "num_processes": context.processes.count,
             "held_out_loss_average": _number(average),
             "held_out_loss": {
                 name: {key: _number(value) for key, value in asdict(loss).items()} for name, loss in losses.items()
