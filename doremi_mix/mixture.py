@@ -137,7 +137,7 @@ def draw_examples(example_tokens: npt.ArrayLike, token_quota: int, seed: int, do
         )
     if token_quota < 0:
         raise ValueError(f"the token quota of {domain!r} must be at least 0, got {token_quota}")
-    tokens_N = tokens_N.astype(np.int64)
+    tokens_N = tokens_N.astype(np.int64, copy=False)
     if token_quota == 0:
         return np.empty(0, dtype=np.int64)
     if tokens_N.size == 0:
@@ -152,7 +152,8 @@ def draw_examples(example_tokens: npt.ArrayLike, token_quota: int, seed: int, do
     left = token_quota
     while True:
         permutation_N = rng.permutation(tokens_N.size)
-        drawn_tokens_N = np.cumsum(tokens_N[permutation_N])
+        drawn_tokens_N = tokens_N[permutation_N]
+        np.cumsum(drawn_tokens_N, out=drawn_tokens_N)
         num_fitting = int(np.searchsorted(drawn_tokens_N, left, side="right"))
         drawn.append(permutation_N[:num_fitting])
         if num_fitting < tokens_N.size:

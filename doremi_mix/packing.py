@@ -41,14 +41,15 @@ def pack(lengths: NDArray[np.integer], capacity: int) -> tuple[NDArray[np.int64]
         >>> [documents[start:end].tolist() for start, end in zip(offsets[:-1], offsets[1:])]
         [[0, 1], [2, 3]]
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= capacity:
         bad = int(np.flatnonzero((lengths < 1) | (lengths > capacity))[0])
         raise ValueError(f"document {bad} must have 1 to {capacity} tokens, got {lengths[bad]}")
-    by_length = np.argsort(lengths, kind="stable")
     num_by_length = np.bincount(lengths, minlength=capacity + 1)
     ends = np.cumsum(num_by_length)
-    sequence_of_document = np.empty(len(lengths), dtype=np.int64)
+    by_length = np.argsort(lengths, kind="stable")
+    # A domain may have a hundred million documents: a signed type that is just wide enough to count them.
+    sequence_of_document = np.empty(len(lengths), dtype=np.min_scalar_type(-len(lengths)))
     rooms = _Rooms(capacity)
     for length in np.flatnonzero(num_by_length)[::-1].tolist():
         end = int(ends[length])
@@ -64,8 +65,9 @@ def pack(lengths: NDArray[np.integer], capacity: int) -> tuple[NDArray[np.int64]
             rooms.put(room - per_sequence * length, sequences[:-1])
             rooms.put(room - num_in_last * length, sequences[-1:])
             placed += num_documents
-    document_ids = np.argsort(sequence_of_document, kind="stable")
-    return to_offsets(np.bincount(sequence_of_document, minlength=rooms.num_sequences)), document_ids
+    del by_length
+    sequence_offsets = to_offsets(np.bincount(sequence_of_document, minlength=rooms.num_sequences))
+    return sequence_offsets, np.argsort(sequence_of_document, kind="stable")
 
 
 class _Rooms:

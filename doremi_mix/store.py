@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from doremi_mix.errors import DataError
 from doremi_mix.packing import pack, to_offsets
@@ -57,8 +58,54 @@ class Batch(NamedTuple):
     domain_ids_B: NDArray[np.int64]
 
 
+class ArrayWriter:
+    """Writes an ``.npy`` file of one axis piece by piece: byte for byte what ``numpy.save`` writes of the whole.
+
+    Attributes:
+        length: how many values were added.
+    """
+
+    def __init__(self, path: Path, dtype: DTypeLike) -> None:
+        self._path = path
+        self._dtype = np.dtype(dtype)
+        self.length = 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Adds the next values."""
+        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
+        self.length += len(values)
+
+    def close(self) -> None:
+        """Writes the number of values into the header; nothing can be added any more."""
+        if not self._file.closed:
+            self._file.seek(0)
+            self._write_header()
+            self._file.close()
+
+    def read(self) -> NDArray[Any]:
+        """Closes the file and maps what was written."""
+        self.close()
+        values: NDArray[Any] = np.load(self._path, mmap_mode="r")
+        return values
+
+    def remove(self) -> None:
+        """Deletes the file of an array that served only on the way."""
+        self.close()
+        self._path.unlink()
+
+    def _write_header(self) -> None:
+        # numpy pads the header to one size for any length, so that it can be written over.
+        header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
 class TokenStoreWriter:
-    """Writes a token store, one batch of examples after the other; tokens are never held in memory.
+    """Writes a token store, one batch of examples after the other.
+
+    Nothing that grows with the tokens or the examples is held in memory, except for the lengths of one domain's
+    documents while these are packed.
 
     Use it as a context manager, append every domain in order, then call ``finish`` once.
     """
@@ -79,15 +126,15 @@ class TokenStoreWriter:
         self._settings = {"context_length": context_length, "vocab_size": vocab_size, "pad_id": pad_id}
         self._context_length = context_length
         self._domain_id = 0
-        # By domain, one array per append.
-        self._lengths: list[list[NDArray[np.int64]]] = [[] for _ in domains]
-        self._num_labels: list[list[NDArray[np.int64]]] = [[] for _ in domains]
-        self._example_tokens: list[list[NDArray[np.int64]]] = [[] for _ in domains]
+        self._num_tokens = 0
+        self._num_documents = [0] * len(domains)
         self._num_truncated = [0] * len(domains)
-        self._files: tuple[BinaryIO, BinaryIO] = (
-            (folder / "tokens.bin").open("wb"),
-            (folder / "loss_mask.bin").open("wb"),
-        )
+        self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
+        self._loss_mask: BinaryIO = (folder / "loss_mask.bin").open("wb")
+        self._document_offsets = ArrayWriter(folder / "document_offsets.npy", np.int64)
+        self._document_offsets.append(np.zeros(1))  # where the first document starts
+        self._example_tokens = ArrayWriter(folder / "example_tokens.npy", np.int64)
+        self._num_labels = ArrayWriter(folder / ".num_labels.tmp", np.int32)
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +142,7 @@ class TokenStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in self._files:
-            file.close()
+        self._close()
 
     def append(self, domain_id: int, encoded: EncodedExamples, example_tokens: NDArray[np.int64]) -> None:
         """Adds the next examples of a domain.
@@ -125,18 +171,19 @@ class TokenStoreWriter:
             np.int64
         )
         if not num_labels.all():
-            row = sum(map(len, self._lengths[domain_id])) + int(np.flatnonzero(num_labels == 0)[0]) + 1
+            row = self._num_documents[domain_id] + int(np.flatnonzero(num_labels == 0)[0]) + 1
             raise DataError(
                 f"{self._domains.names[domain_id]}: example {row:,} has nothing to learn: expected a response token "
                 f"after another token, got none; remove the example"
             )
-        self._lengths[domain_id].append(lengths)
-        self._num_labels[domain_id].append(num_labels)
-        self._example_tokens[domain_id].append(np.asarray(example_tokens, dtype=np.int64))
+        self._tokens.write(encoded.token_ids.astype(self._token_type).data)
+        self._loss_mask.write(np.ascontiguousarray(encoded.loss_mask, dtype=np.uint8).data)
+        self._document_offsets.append(self._num_tokens + encoded.offsets[1:])
+        self._example_tokens.append(example_tokens)
+        self._num_labels.append(num_labels)
+        self._num_tokens += len(encoded.token_ids)
+        self._num_documents[domain_id] += len(encoded)
         self._num_truncated[domain_id] += int((lengths < encoded.num_tokens).sum())
-        tokens_file, mask_file = self._files
-        tokens_file.write(encoded.token_ids.astype(self._token_type).data)
-        mask_file.write(np.ascontiguousarray(encoded.loss_mask, dtype=np.uint8).data)
 
     def finish(self, held_out_by_domain: Sequence[NDArray[np.bool_]]) -> None:
         """Packs the documents of each domain and split, and writes all other files.
@@ -148,48 +195,69 @@ class TokenStoreWriter:
             DataError: a domain has no training example.
             ValueError: there are more or fewer flags than examples.
         """
-        for file in self._files:
-            file.close()
-        lengths = [_joined(parts) for parts in self._lengths]
-        num_labels = [_joined(parts) for parts in self._num_labels]
-        example_tokens = [_joined(parts) for parts in self._example_tokens]
-        for name, length, held_out in zip(self._domains, lengths, held_out_by_domain, strict=True):
-            if len(length) != len(held_out):
-                raise ValueError(f"{name} has {len(length)} examples but {len(held_out)} held-out flags")
+        self._close()
+        for name, num_documents, held_out in zip(self._domains, self._num_documents, held_out_by_domain, strict=True):
+            if num_documents != len(held_out):
+                raise ValueError(f"{name} has {num_documents} examples but {len(held_out)} held-out flags")
             if held_out.all():
-                got = f"{len(length):,}, all of them held out" if len(length) else "none"
+                got = f"{num_documents:,}, all of them held out" if num_documents else "none"
                 raise DataError(f"{name}: no example to train on: expected at least 1, got {got}; remove the domain")
-        first_documents = to_offsets(np.array([len(part) for part in lengths]))
-        sequence_lengths: list[NDArray[np.int64]] = []  # in documents
-        sequence_documents: list[NDArray[np.int64]] = []
+        first_documents = to_offsets(np.array(self._num_documents))[:-1].tolist()
+        example_tokens = self._example_tokens.read()
         summaries: list[dict[str, Any]] = [
             {
                 "name": name,
-                "available_tokens": int(example_tokens[i][~held_out_by_domain[i]].sum()),
-                "truncated_examples": self._num_truncated[i],
+                "available_tokens": int(example_tokens[first : first + len(flags)].sum(where=~flags)),
+                "truncated_examples": num_truncated,
             }
-            for i, name in enumerate(self._domains)
+            for name, first, flags, num_truncated in zip(
+                self._domains, first_documents, held_out_by_domain, self._num_truncated, strict=True
+            )
         ]
-        for split in SPLITS:
-            for i, summary in enumerate(summaries):
-                documents = np.flatnonzero(held_out_by_domain[i] == (split == "held_out"))
-                offsets, order = pack(lengths[i][documents], self._context_length)
-                sequence_lengths.append(np.diff(offsets))
-                sequence_documents.append(first_documents[i] + documents[order])
-                summary[split] = {
-                    "documents": len(documents),
-                    "sequences": len(offsets) - 1,
-                    "tokens": int(lengths[i][documents].sum()),
-                    "labels": int(num_labels[i][documents].sum()),
-                }
-        np.save(self._folder / "document_offsets.npy", to_offsets(np.concatenate(lengths)))
-        np.save(self._folder / "sequence_offsets.npy", to_offsets(np.concatenate(sequence_lengths)))
-        np.save(self._folder / "sequence_documents.npy", np.concatenate(sequence_documents))
-        np.save(self._folder / "example_tokens.npy", np.concatenate(example_tokens))
-        np.save(self._folder / "example_held_out.npy", np.concatenate(held_out_by_domain).astype(bool))
+        with (
+            closing(ArrayWriter(self._folder / "sequence_offsets.npy", np.int64)) as sequence_offsets,
+            closing(ArrayWriter(self._folder / "sequence_documents.npy", np.int64)) as sequence_documents,
+            closing(ArrayWriter(self._folder / "example_held_out.npy", np.bool_)) as example_held_out,
+        ):
+            sequence_offsets.append(np.zeros(1))
+            for split in SPLITS:
+                for summary, first, flags in zip(summaries, first_documents, held_out_by_domain, strict=True):
+                    in_split = flags if split == "held_out" else ~flags
+                    summary[split] = self._pack(first, in_split, sequence_offsets, sequence_documents)
+            for flags in held_out_by_domain:
+                example_held_out.append(flags)
+        self._num_labels.remove()
         content = {**self._settings, "token_type": self._token_type.name, "domains": summaries}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (self._folder / "domains.json").write_text(text, encoding="utf-8")
+
+    def _pack(
+        self,
+        first: int,
+        in_split: NDArray[np.bool_],
+        sequence_offsets: ArrayWriter,
+        sequence_documents: ArrayWriter,
+    ) -> dict[str, int]:
+        """Packs the documents of one domain and split, which starts at document ``first``; returns their counts."""
+        last = first + len(in_split)
+        num_labels = self._num_labels.read()[first:last].sum(where=in_split, dtype=np.int64)
+        # The context bounds a length, so half the bytes are enough.
+        lengths = np.diff(self._document_offsets.read()[first : last + 1]).astype(np.int32)[in_split]
+        num_tokens = lengths.sum(dtype=np.int64)
+        offsets, order = pack(lengths, self._context_length)
+        del lengths
+        sequence_offsets.append(sequence_documents.length + offsets[1:])
+        sequence_documents.append(first + np.flatnonzero(in_split)[order])
+        return {
+            "documents": len(order),
+            "sequences": len(offsets) - 1,
+            "tokens": int(num_tokens),
+            "labels": int(num_labels),
+        }
+
+    def _close(self) -> None:
+        for file in (self._tokens, self._loss_mask, self._document_offsets, self._example_tokens, self._num_labels):
+            file.close()
 
 
 class TokenStore:
@@ -310,10 +378,6 @@ def _map_file(path: Path, token_type: np.dtype[np.unsignedinteger], num_tokens: 
         raise DataError(f"{path}: the token store is damaged: expected {expected:,} bytes, got {got:,}; tokenize again")
     mapped: NDArray[np.unsignedinteger] = np.memmap(path, dtype=token_type, mode="r")
     return mapped
-
-
-def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,6 +20,7 @@ from doremi_mix.tokenizer import Tokenizer
 from doremi_mix.types import Example
 
 _QUERY = "{query}"
+_KEYS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,8 @@ def held_out_split(
     the rows does not matter.
 
     Args:
-        keys_by_domain: ``prompt_key`` of each example, uint64, one array per domain.
+        keys_by_domain: ``prompt_key`` of each example, uint64, one array per domain; they may be mapped files, as the
+            domains are looked at one after the other.
         fraction: the share of a domain's examples to hold out, from 0 (none) to below 1.
         max_examples: the largest number to choose from one domain.
         seed: another seed gives another choice.
@@ -245,28 +247,44 @@ def held_out_split(
         raise ValueError(f"fraction must be at least 0 and below 1, got {fraction}")
     if max_examples < 1:
         raise ValueError(f"max_examples must be at least 1, got {max_examples}")
-    counted = [np.unique(keys, return_counts=True) for keys in keys_by_domain]
-    none = np.zeros(0, dtype=np.uint64)
     if fraction == 0:
         return [np.zeros(len(keys), dtype=bool) for keys in keys_by_domain]
-    dominant = np.concatenate([none, *(keys[2 * counts > counts.sum()] for keys, counts in counted)])
+    none = np.zeros(0, dtype=np.uint64)
+    dominant = np.concatenate([none, *map(_dominant_key, keys_by_domain)])
     chosen = [
-        _choose_keys(keys, counts, dominant, fraction=fraction, max_examples=max_examples, seed=seed)
-        for keys, counts in counted
+        _choose_keys(keys, dominant, fraction=fraction, max_examples=max_examples, seed=seed) for keys in keys_by_domain
     ]
     held_out = np.unique(np.concatenate([none, *chosen]))
     given_back = [
         np.setdiff1d(keys, own)
-        for (keys, _), own in zip(counted, chosen, strict=True)
-        if len(keys) and np.isin(keys, held_out).all()
+        for keys, own in zip(keys_by_domain, chosen, strict=True)
+        if len(keys) and _are_among(keys, held_out).all()
     ]
     held_out = np.setdiff1d(held_out, np.concatenate([none, *given_back]))
-    return [np.isin(keys, held_out) for keys in keys_by_domain]
+    return [_are_among(keys, held_out) for keys in keys_by_domain]
+
+
+def _dominant_key(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Returns the key that more than half of the examples share, if there is one."""
+    if not len(keys):
+        return np.zeros(0, dtype=np.uint64)
+    # In sorted order, such a key stands in the middle.
+    middle = np.partition(keys, len(keys) // 2)[len(keys) // 2]
+    is_dominant = 2 * np.count_nonzero(keys == middle) > len(keys)
+    return np.array([middle] if is_dominant else [], dtype=np.uint64)
+
+
+def _are_among(keys: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Says of each key whether it is wanted; in pieces, as ``numpy.isin`` takes several times the keys' memory."""
+    flags = np.zeros(len(keys), dtype=bool)
+    for start in range(0, len(keys), _KEYS_AT_A_TIME):
+        piece = slice(start, start + _KEYS_AT_A_TIME)
+        flags[piece] = np.isin(keys[piece], wanted)
+    return flags
 
 
 def _choose_keys(
     keys: NDArray[np.uint64],
-    counts: NDArray[np.int64],
     excluded: NDArray[np.uint64],
     *,
     fraction: float,
@@ -274,7 +292,8 @@ def _choose_keys(
     seed: int,
 ) -> NDArray[np.uint64]:
     """Returns the distinct keys that one domain holds out; always fewer than it has."""
-    target = min(max(round(fraction * int(counts.sum())), 1), max_examples)
+    target = min(max(round(fraction * len(keys)), 1), max_examples)
+    keys, counts = np.unique(keys, return_counts=True)
     order = np.argsort(_mix(keys, seed), kind="stable")
     order = order[~np.isin(keys[order], excluded)]
     light = order[counts[order] <= target]

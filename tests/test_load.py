@@ -1,7 +1,9 @@
 """Stage load: rows in = rows kept + rows rejected with file, row and reason."""
 
 import json
+import random
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -10,6 +12,7 @@ from doremi_mix.distributed import Processes
 from doremi_mix.errors import ConfigError, DataError, TooManyRejectedError
 from doremi_mix.progress import Narrator
 from doremi_mix.run import RunDirectory
+from doremi_mix.stages import load as stage
 from doremi_mix.stages import run_stage, stage_named
 from doremi_mix.stages.load import list_sources, read_examples, read_rows, read_summary
 
@@ -46,6 +49,26 @@ def test_every_row_is_kept_or_rejected_with_a_reason(tmp_path):
     (examples,) = read_examples(folder, "a")
     assert [example.id for example in examples] == ["a:1", "a:6"]
     assert [json.loads(row) for chunk in read_rows(folder, "a") for row in chunk] == [GOOD, GOOD]
+
+
+def test_a_large_domain_is_read_back_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "CHUNK_BYTES", 2**16)
+    rng = random.Random(0)
+    rows = [{"instruction": "say", "input": "", "output": rng.randbytes(2_000).hex()} for _ in range(2_000)]
+    rows[5]["output"] = rows[900]["output"] = ""
+    folder = load(tmp_path, rows)
+    size = (folder / "a.parquet").stat().st_size
+    assert size > 8e6
+    at_start = pa.total_allocated_bytes()
+    outputs, most = [], 0
+    for texts in read_rows(folder, "a", 16):
+        outputs += [json.loads(text)["output"] for text in texts]
+        most = max(most, pa.total_allocated_bytes() - at_start)
+    assert outputs == [row["output"] for row in rows if row["output"]]
+    assert most < size / 10
+    examples = [example for chunk in read_examples(folder, "a", 700) for example in chunk]
+    assert [example.output for example in examples] == outputs
+    assert [row["row_number"] for row in pq.read_table(folder / "rejections.parquet").to_pylist()] == [6, 901]
 
 
 def test_conversations_come_back_as_they_were(tmp_path):

@@ -11,8 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doremi_mix.distributed import Processes
 from doremi_mix.errors import BudgetError, DataError
 from doremi_mix.mixture import allocate, draw_examples, mixture_order, natural_weights
+from doremi_mix.pipeline import resolve
+from doremi_mix.progress import Narrator
+from doremi_mix.run import RunDirectory
+from doremi_mix.stages import StageContext
+from doremi_mix.stages import mixture as stage
 
 
 def normalized(raw):
@@ -395,3 +401,18 @@ def test_mixture_order_spreads_every_domain_over_the_whole_mixture():
     assert (order != mixture_order([5_000, 500], seed=1)).mean() > 0.99
     with pytest.raises(ValueError, match="at least 0, got \\[-1\\]"):
         mixture_order([-1], seed=0)
+
+
+@pytest.mark.parametrize(("bucket_rows", "max_buckets"), [(7, 1_000), (7, 4), (1, 128)])
+def test_the_mixture_does_not_depend_on_how_many_rows_are_shuffled_at_a_time(
+    finished_run, tmp_path, monkeypatch, bucket_rows, max_buckets
+):
+    monkeypatch.setattr(stage, "BUCKET_ROWS", bucket_rows)
+    monkeypatch.setattr(stage, "MAX_BUCKETS", max_buckets)
+    run = RunDirectory(finished_run)
+    config, _ = resolve(run.describe()["given"], run)
+    stage.run(StageContext(config, run, tmp_path, Narrator(quiet=True), Processes()))
+    written = (tmp_path / "mixture.jsonl").read_bytes()
+    assert written.count(b"\n") > 50
+    assert written == (finished_run / "mixture" / "mixture.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["allocation.json", "mixture.jsonl", "ratio.json"]

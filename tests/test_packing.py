@@ -56,6 +56,13 @@ def test_the_result_depends_on_the_arguments_alone():
     assert first[1].tolist() == second[1].tolist()
 
 
+@pytest.mark.parametrize("num_documents", [127, 128, 129, 32_767, 32_768, 32_769])
+def test_as_many_sequences_as_documents_at_the_borders_of_the_small_types(num_documents):
+    offsets, documents = pack(np.full(num_documents, 4, dtype=np.uint16), 4)
+    assert (offsets == np.arange(num_documents + 1)).all()
+    assert (documents == np.arange(num_documents)).all()
+
+
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [([3, 9, 1], "document 1 must have 1 to 8 tokens, got 9"), ([3, 0], "document 1 must have 1 to 8 tokens, got 0")],

@@ -1,4 +1,6 @@
+import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from doremi_mix.errors import DataError
 from doremi_mix.packing import to_offsets
-from doremi_mix.store import TokenStore, TokenStoreWriter
+from doremi_mix.store import ArrayWriter, TokenStore, TokenStoreWriter
 from doremi_mix.tokens import EncodedExamples
 from doremi_mix.types import Domains
 
@@ -162,6 +164,48 @@ def test_the_size_of_the_appended_batches_does_not_change_a_byte(tmp_path):
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "three" / file.name).read_bytes()
     assert len(list((tmp_path / "one").iterdir())) == 8
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.int32, np.bool_])
+@pytest.mark.parametrize("sizes", [[], [0], [1], [3, 0, 7], [1_000] * 12])
+def test_an_array_written_in_pieces_is_the_file_that_numpy_saves(tmp_path, dtype, sizes):
+    pieces = [np.arange(size, dtype=np.int64) for size in sizes]
+    writer = ArrayWriter(tmp_path / "pieces", dtype)
+    for piece in pieces:
+        writer.append(piece)
+    mapped = writer.read()
+    whole = np.concatenate([np.zeros(0, dtype=dtype), *pieces]).astype(dtype)
+    saved = io.BytesIO()
+    np.save(saved, whole)
+    assert (tmp_path / "pieces").read_bytes() == saved.getvalue()
+    assert mapped.tolist() == whole.tolist()
+    assert writer.length == len(whole)
+    writer.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_does_not_grow_with_the_documents_but_for_those_of_one_domain(tmp_path):
+    num_domains, num_batches = 8, 20
+    examples = encoded([([1, 2], [0, 1])] * 1_000)
+    domains = Domains(tuple("abcdefgh"))
+    held_out = [np.arange(num_batches * 1_000) % 20 == 0] * num_domains
+    after_append = []
+    with TokenStoreWriter(tmp_path, domains, context_length=4, vocab_size=9, pad_id=0) as writer:
+        tracemalloc.start()
+        try:
+            for i in range(num_domains):
+                for _ in range(num_batches):
+                    writer.append(i, examples, examples.lengths)
+                after_append.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.reset_peak()
+            writer.finish(held_out)
+            peak = tracemalloc.get_traced_memory()[1] - after_append[-1]
+        finally:
+            tracemalloc.stop()
+    # One byte for each document would be 140 kB.
+    assert after_append[-1] - after_append[0] < 20_000
+    # 160,000 documents in all, 20,000 in a domain: some arrays of 8 bytes each for the latter.
+    assert peak < 20_000 * 64
 
 
 @pytest.mark.parametrize(("vocab_size", "width"), [(65_536, 2), (65_537, 4)])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doremi_mix import tokens
 from doremi_mix.errors import ConfigError, DataError
 from doremi_mix.tokenizer import Tokenizer, load_tokenizer
 from doremi_mix.tokens import (
@@ -310,6 +311,17 @@ def test_nothing_is_held_out_of_nothing_or_at_fraction_zero():
     empty, pair = held_out_split([keys(), keys(1, 2)], 0.5, 5, 0)
     assert empty.tolist() == []
     assert pair.sum() == 1
+
+
+def test_the_split_does_not_depend_on_how_many_keys_are_looked_at_a_time(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    domains = [rng.integers(0, 300, size, dtype=np.uint64) for size in (500, 300, 7)]
+    whole = held_out_split(domains, 0.2, 40, seed=0)
+    np.save(tmp_path / "keys.npy", np.concatenate(domains))
+    mapped = np.split(np.load(tmp_path / "keys.npy", mmap_mode="r"), [500, 800])
+    monkeypatch.setattr(tokens, "_KEYS_AT_A_TIME", 3)
+    assert [flags.tolist() for flags in held_out_split(mapped, 0.2, 40, seed=0)] == [part.tolist() for part in whole]
+    assert sum(flags.sum() for flags in whole) > 40
 
 
 def test_a_prompt_that_is_most_of_a_small_domain_stays_in_training_everywhere():

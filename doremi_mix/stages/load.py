@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 REJECTIONS = "rejections"
 """The rows that were not kept lie beside the domains, under this name."""
 
-CHUNK_BYTES = 16 * 2**20
-"""How much row text is held before it is written: bounds memory whatever the length of the rows."""
+CHUNK_BYTES = 4 * 2**20
+"""How much row text is held before it is written: bounds memory, here and in the stages that read it back."""
+
+PAGE_BYTES = 2**16
+"""How much of a column is read at a time."""
 
 
 @dataclass
@@ -154,14 +157,17 @@ def run(context: StageContext) -> str:
     sources = list_sources(context.config)
     summary = []
     rejections_path = loaded_path(context.folder, REJECTIONS)
-    with pq.ParquetWriter(rejections_path, _rejection_schema(), compression="zstd") as rejections:
+    # Statistics are the smallest and the largest text of each piece, in memory until the end; nobody asks for them.
+    with pq.ParquetWriter(
+        rejections_path, _rejection_schema(), compression="zstd", write_statistics=False
+    ) as rejections:
         for source in sources:
             opened = open_source(source)
             counts = _counts_of(opened)
             path = loaded_path(context.folder, source.name)
             with (
                 context.narrator.track(f"load {source.name}", None, "rows") as tracker,
-                pq.ParquetWriter(path, _example_schema(), compression="zstd") as writer,
+                pq.ParquetWriter(path, _example_schema(), compression="zstd", write_statistics=False) as writer,
             ):
                 for kept, rejected in _chunks(opened, counts):
                     _write_examples(writer, kept)
@@ -187,33 +193,35 @@ def run(context: StageContext) -> str:
 
 def read_examples(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list[Example]]:
     """Reads back what the stage kept of a domain, in order, in lists of at most ``chunk_size``."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(loaded_path(folder, domain)) as file:
-        for batch in file.iter_batches(chunk_size):
-            columns = batch.to_pydict()
-            yield [
-                Example(
-                    id=columns["id"][i],
-                    domain=domain,
-                    instruction=columns["instruction"][i],
-                    input=columns["input"][i],
-                    output=columns["output"][i],
-                    history=tuple((turn["user"], turn["assistant"]) for turn in columns["history"][i]),
-                    system=columns["system"][i],
-                    row=columns["row"][i],
-                )
-                for i in range(batch.num_rows)
-            ]
+    for batch in _read_batches(loaded_path(folder, domain), chunk_size):
+        columns = batch.to_pydict()
+        yield [
+            Example(
+                id=columns["id"][i],
+                domain=domain,
+                instruction=columns["instruction"][i],
+                input=columns["input"][i],
+                output=columns["output"][i],
+                history=tuple((turn["user"], turn["assistant"]) for turn in columns["history"][i]),
+                system=columns["system"][i],
+                row=columns["row"][i],
+            )
+            for i in range(batch.num_rows)
+        ]
 
 
 def read_rows(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list[str]]:
     """Reads back the input rows of a domain's kept examples, each as one line of JSON."""
+    for batch in _read_batches(loaded_path(folder, domain), chunk_size, columns=["row"]):
+        yield batch.column(0).to_pylist()
+
+
+def _read_batches(path: Path, chunk_size: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Reads a Parquet file page by page; left to itself, pyarrow would keep all of the file until the end."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(loaded_path(folder, domain)) as file:
-        for batch in file.iter_batches(chunk_size, columns=["row"]):
-            yield batch.column(0).to_pylist()
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=PAGE_BYTES) as file:
+        yield from file.iter_batches(chunk_size, columns=columns, use_threads=False)
 
 
 def loaded_path(folder: Path, domain: str) -> Path:
@@ -232,7 +240,7 @@ def _counts_of(opened: OpenSource) -> SourceCounts:
 
 
 def _chunks(opened: OpenSource, counts: SourceCounts) -> Iterator[tuple[list[Example], list[Rejection]]]:
-    """Groups a source's rows into pieces of bounded size and counts them."""
+    """Groups a source's rows into pieces of bounded size, each gone when the next one is asked for, and counts them."""
     kept: list[Example] = []
     rejected: list[Rejection] = []
     num_bytes = 0
@@ -248,7 +256,9 @@ def _chunks(opened: OpenSource, counts: SourceCounts) -> Iterator[tuple[list[Exa
             rejected.append(item)
         if num_bytes >= CHUNK_BYTES:
             yield kept, rejected
-            kept, rejected, num_bytes = [], [], 0
+            kept.clear()
+            rejected.clear()
+            num_bytes = 0
     yield kept, rejected
 
 

@@ -28,8 +28,11 @@ from doremi_mix.stages.weights import read_weights
 from doremi_mix.store import TokenStore
 from doremi_mix.types import Allocation
 
-BUCKET_ROWS = 200_000
+BUCKET_ROWS = 8_192
 """Rows that are shuffled in memory at a time; a larger mixture goes through temporary files."""
+
+MAX_BUCKETS = 128
+"""Temporary files that are open at a time: macOS allows a process 256.  Beyond a million rows, buckets grow."""
 
 DOMAIN_KEY = "domain"
 
@@ -114,7 +117,8 @@ def _write(
 
     Rows are read once, in file order, and dropped into buckets of consecutive positions, each of which fits in memory.
     """
-    num_buckets = max(1, -(-len(positions) // BUCKET_ROWS))
+    bucket_rows = max(BUCKET_ROWS, -(-len(positions) // MAX_BUCKETS))
+    num_buckets = max(1, -(-len(positions) // bucket_rows))
     paths = [folder / f".bucket-{i}.tmp" for i in range(num_buckets)]
     buckets: list[IO[bytes]] = [path.open("wb") for path in paths]
     try:
@@ -126,7 +130,7 @@ def _write(
                 line = _with_domain(text, key, name)
                 if line is None:
                     return False
-                buckets[position // BUCKET_ROWS].write(b"%d\t%s\n" % (position, line))
+                buckets[position // bucket_rows].write(b"%d\t%s\n" % (position, line))
                 tracker.advance(1)
         for file in buckets:
             file.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from doremi_mix.config import TokenizeConfig
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import loaded_path, read_examples, read_summary
-from doremi_mix.store import TokenStore, TokenStoreWriter
+from doremi_mix.store import ArrayWriter, TokenStore, TokenStoreWriter
 from doremi_mix.tokenizer import Tokenizer, load_tokenizer
 from doremi_mix.tokens import CONTEST_TEMPLATE, Template, encode_examples, held_out_split, prompt_key, render, truncate
 from doremi_mix.types import Domains
@@ -39,7 +40,7 @@ def run(context: StageContext) -> str:
     domains = Domains(tuple(domain["domain"] for domain in summary))
     template = make_template(config)
     tokenizer = _get_tokenizer(context, config, domains, load_folder)
-    keys_by_domain = []
+    ends = []
     assert config.context_length is not None
     writer = TokenStoreWriter(
         context.folder,
@@ -49,9 +50,12 @@ def run(context: StageContext) -> str:
         pad_id=tokenizer.pad_id,
     )
     num_rows = sum(domain["num_kept"] for domain in summary)
-    with writer, context.narrator.track("tokenize", num_rows, "rows") as tracker:
+    with (
+        writer,
+        closing(ArrayWriter(context.folder / ".prompt_keys.tmp", np.uint64)) as keys,
+        context.narrator.track("tokenize", num_rows, "rows") as tracker,
+    ):
         for domain_id, name in enumerate(domains):
-            keys = []
             for examples in read_examples(load_folder, name, CHUNK_SIZE):
                 encoded = encode_examples(examples, tokenizer, template)
                 if config.max_example_tokens is not None:
@@ -60,9 +64,12 @@ def run(context: StageContext) -> str:
                 writer.append(domain_id, truncate(encoded, config.context_length), encoded.lengths)
                 keys.append(np.fromiter(map(prompt_key, examples), dtype=np.uint64, count=len(examples)))
                 tracker.advance(len(examples), name)
-            keys_by_domain.append(np.concatenate(keys))
-        held_out = held_out_split(keys_by_domain, config.held_out_fraction, config.held_out_max_examples, config.seed)
+            ends.append(keys.length)
+        held_out = held_out_split(
+            np.split(keys.read(), ends[:-1]), config.held_out_fraction, config.held_out_max_examples, config.seed
+        )
         writer.finish(held_out)
+        keys.remove()
     write_json(
         context.folder / "tokenizer.json",
         {
