@@ -178,7 +178,8 @@ def _choose_compile(
     say: Callable[[str], None],
 ) -> None:
     """Compiles the blocks when that was asked for, or is measured to pay; off again when it fails or differs."""
-    # On two CPU cores compiling the tiny preset took longer than it could save in a run (scripts/bench/train.py).
+    # On a CPU a compiled step is a tenth faster, which default runs are too short to win back, and a resumed run would
+    # have to make the same choice to end with the same bytes (scripts/bench/train.py --only compile).
     if wanted is False or (wanted is None and accelerator.device.type == "cpu"):
         return
     eager_seconds, eager = _measure(model, example, accelerator)

@@ -6,6 +6,7 @@
 - in_loop: a proxy step with the reference model in the loop against one with cached reference losses
 - trainer: transformers' Trainer against our loop, same model, same sequences
 - accumulation: a proxy step in two micro-batches (a first pass without gradient) against one batch
+- compile: a plain step with torch.compile against one without, and what compiling takes
 - loss: full logits against ours at a vocabulary of 125,696, time and memory (scripts/bench/loss.py)
 - gpu (only where there is one): tokens per second, MFU, peak memory and a profile of the 120m and 280m presets
 
@@ -16,7 +17,6 @@ take turns in going first, so that what else the machine does hits both.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -106,10 +106,18 @@ def synchronize() -> None:
 class Stepper:
     """One model with its optimizer and objective, stepping over batches that are on the device already."""
 
-    def __init__(self, preset: str, vocab_size: int, length: int, objective: Objective, batches: list[MicroBatch]):
+    def __init__(
+        self,
+        preset: str,
+        vocab_size: int,
+        length: int,
+        objective: Objective,
+        batches: list[MicroBatch],
+        engine: EngineSettings,
+    ) -> None:
         self.accelerator = make_accelerator()
         self.model = build_model(preset, TokenInfo(vocab_size, 1, 0), length, seed=0)
-        self.prepared = prepare(self.model, EngineSettings(), self.accelerator, batches[0], 10_000, print_line)
+        self.prepared = prepare(self.model, engine, self.accelerator, batches[0], 10_000, print_line)
         self.batches = [to_device(with_host_facts(batch, self.model), self.accelerator.device) for batch in batches]
         self.objective = objective
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -158,11 +166,11 @@ def shape_of(preset: str) -> tuple[int, int, int]:
     return PRESETS[preset].vocab_size, PRESETS[preset].context_length, 40
 
 
-def stepper(preset: str, objective: Objective) -> Stepper:
+def stepper(preset: str, objective: Objective, engine: EngineSettings | None = None) -> Stepper:
     vocab_size, length, batch_size = shape_of(preset)
     data = Data(4 * batch_size, length, vocab_size)
     batches = [data.read(np.arange(i * batch_size, (i + 1) * batch_size)) for i in range(4)]
-    return Stepper(preset, vocab_size, length, objective, batches)
+    return Stepper(preset, vocab_size, length, objective, batches, engine or EngineSettings())
 
 
 def bench_dro(preset: str, pairs: int, steps: int) -> dict[str, float]:
@@ -179,6 +187,14 @@ def bench_in_loop(preset: str, pairs: int, steps: int) -> dict[str, float]:
 def bench_accumulation(preset: str, pairs: int, steps: int) -> dict[str, float]:
     one, two = stepper(preset, dro_objective()), stepper(preset, dro_objective())
     return paired(lambda: one.run(steps), lambda: two.run(steps, parts=2), pairs)
+
+
+def bench_compile(preset: str, pairs: int, steps: int) -> dict[str, float]:
+    plain = stepper(preset, PlainObjective(), EngineSettings(compile=False))
+    start = time.perf_counter()
+    compiled = stepper(preset, PlainObjective(), EngineSettings(compile=True))
+    seconds = time.perf_counter() - start
+    return {**paired(lambda: plain.run(steps), lambda: compiled.run(steps), pairs), "compile_seconds": seconds}
 
 
 def bench_trainer(preset: str, pairs: int, steps: int) -> dict[str, float]:
@@ -239,8 +255,8 @@ def run_trainer(data: Data, preset: str, vocab_size: int, length: int, batch_siz
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[Clock()])
-        with contextlib.redirect_stdout(sys.stderr):
-            trainer.train()
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
     return (times[-1] - times[1]) / (len(times) - 2)
 
 
@@ -315,6 +331,7 @@ BENCHES = {
     "dro": bench_dro,
     "in_loop": bench_in_loop,
     "accumulation": bench_accumulation,
+    "compile": bench_compile,
     "trainer": bench_trainer,
     "loss": bench_loss,
     "gpu": bench_gpu,
@@ -323,6 +340,7 @@ MEANING = {
     "dro": "proxy step / plain step",
     "in_loop": "reference in the loop / cached",
     "accumulation": "two micro-batches / one",
+    "compile": "compiled step / plain step",
     "trainer": "transformers' Trainer / our loop",
 }
 
