@@ -184,6 +184,9 @@ class _Cost(NamedTuple):
 def _select_for_cuda(device: torch.device, dtype: torch.dtype, size: _Size) -> LossKernel:
     try:
         return _select(device, dtype, CUDA_KERNELS, size)
+    except torch.OutOfMemoryError:
+        reason = f"loss kernel: {BLOCKS}; too little memory is free to try the others ({', '.join(CUDA_KERNELS)})"
+        return LossKernel(BLOCKS, None, reason)
     finally:
         torch.cuda.empty_cache()
 

@@ -122,7 +122,7 @@ def blocked_cross_entropy(
 
     Memory beyond the two gradients that are returned, at 16,384 tokens of D = 1,024 in bfloat16 on a GPU (8,192 x 4,096
     blocks): a block in float32 134 MB and its gradient in bfloat16 67 MB, the float32 sum of the hidden gradient 67 MB,
-    the words of a block 8 MB: 276 MB, whatever the vocabulary.  On a CPU: 8 MiB for each thread, 64 MiB at most.
+    the words of a block 8 MB: 276 MB, whatever the vocabulary.  On a CPU: 28 MiB.
 
     Args:
         hidden_ND: hidden states.
@@ -146,13 +146,14 @@ def blocked_cross_entropy(
 def _block_shape(num_tokens: int, device: torch.device) -> tuple[int, int]:
     """Chooses tokens and words of a block.
 
-    On a CPU a block (8 MiB for each thread) stays in the last cache.  A fourth of that is a little faster while nothing
-    else runs, but each operation ends with its threads waiting for each other: where processors are shared with other
-    programs, small blocks take twice as long.  On a GPU a block is large enough that each product fills the device
-    (4,096 x 768 numbers of the head's gradient are 192 tiles of 128 x 128).
+    On a CPU a block is 28 MiB: in the last cache, more or less, and under the 32 MiB from which on the C library gets a
+    buffer's pages from the system each time.  A fourth of that takes the same time while nothing else runs.  But each
+    operation ends with its threads waiting for each other, and where processors are shared with another busy program,
+    small blocks take several times as long.  On a GPU a block is large enough that each product fills the device (4,096
+    x 768 numbers of the head's gradient are 192 tiles of 128 x 128).
     """
     if device.type == "cpu":
-        max_tokens, size = 1024, min(2**21 * torch.get_num_threads(), 2**24)
+        max_tokens, size = 2048, 7 * 2**20
     else:
         max_tokens, size = 8192, 2**25
     tokens = min(max(num_tokens, 1), max_tokens)

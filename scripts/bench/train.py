@@ -17,10 +17,7 @@ take turns in going first, so that what else the machine does hits both.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import loss
 import numpy as np
 import torch
 from torch import Tensor
@@ -261,8 +259,6 @@ def run_trainer(data: Data, preset: str, vocab_size: int, length: int, batch_siz
 
 
 def bench_loss(_preset: str, pairs: int, _steps: int) -> dict[str, Any]:
-    import loss
-
     return loss.measure(pairs=pairs)
 
 
@@ -353,17 +349,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps of each member of a pair")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.processor() or platform.machine()} CPU"
-    names = [*options.only, *(["gpu"] if cuda and "gpu" not in options.only else [])]
-    today = datetime.date.today().isoformat()
-    print(f"{machine}, {os.cpu_count()} cores, torch {torch.__version__}, {today}, preset {options.preset}")
+    names = [*options.only, *(["gpu"] if torch.cuda.is_available() and "gpu" not in options.only else [])]
+    settings = {**loss.describe_machine(), "preset": options.preset}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     results = {}
     for name in names:
         results[name] = BENCHES[name](options.preset, options.pairs, options.steps)
         print_result(name, results[name])
     if options.json:
-        settings = {"machine": machine, "torch": torch.__version__, "date": today, "preset": options.preset}
         options.json.write_text(json.dumps({**settings, "results": results}, indent=2) + "\n")
 
 
@@ -373,8 +366,10 @@ def print_result(name: str, result: dict[str, Any]) -> None:
             f"{MEANING[name]:34} {result['ratio']:6.3f} x  ({result['lowest']:.3f} to {result['highest']:.3f}, "
             f"{result['pairs']} pairs; {1000 * result['baseline_seconds']:.0f} ms a step)"
         )
-        return
-    print(json.dumps(result, indent=2))
+    elif name == "loss":
+        loss.show(result)
+    else:
+        print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
