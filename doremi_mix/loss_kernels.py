@@ -5,7 +5,8 @@ Axes: N tokens, D hidden size, V vocabulary (the head's words); M tokens by W wo
 Every one of them makes the logits in parts and makes them again for the gradient, 8 N D V operations for the 6 N D V of
 the path that holds all logits.  What is saved are that path's passes over memory: it writes or reads the N x V logits,
 their log-softmax and the gradients of both about ten times.  Blocks that stay in the processor's caches make up for the
-fourth product and more: on two CPU cores, 2,048 x 256 x 125,696 in float32 takes 0.6 of the time of full logits.
+fourth product: on two CPU cores, 2,048 x 256 x 125,696 in float32 takes 0.94 of the time of full logits, and 5,000 x
+96 x 4,096 takes 0.66 (scripts/bench/loss.py).
 
 ``blocked_cross_entropy`` is ours and needs nothing but torch.  The others are packages that a user may have installed;
 they are imported when called, and ``doremi_mix.loss.select_loss_kernel`` finds out what they are worth.
