@@ -136,7 +136,10 @@ def _to_host(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.device.type == "cpu":
             return value.detach().clone()
-        pinned = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+        try:
+            pinned = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+        except RuntimeError:  # the system allows no more of it: slower, but no reason to stop
+            return value.detach().cpu()
         return pinned.copy_(value.detach(), non_blocking=True)
     if isinstance(value, dict):
         return {key: _to_host(item) for key, item in value.items()}

@@ -133,7 +133,11 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Moves a micro-batch to the device, asynchronously from pinned memory on CUDA."""
     if device.type == "cpu":
         return batch
-    return {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
+    moved = {name: pinned(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
+    if "document_starts_C" in moved:
+        # The number of documents changes from batch to batch; compiled blocks must not be compiled again for it.
+        torch._dynamo.maybe_mark_dynamic(moved["document_starts_C"], 0)
+    return moved
 
 
 def pinned(tensor: Tensor) -> Tensor:
@@ -182,7 +186,14 @@ def _choose_compile(
     # have to make the same choice to end with the same bytes (scripts/bench/train.py --only compile).
     if wanted is False or (wanted is None and accelerator.device.type == "cpu"):
         return
-    eager_seconds, eager = _measure(model, example, accelerator)
+    try:
+        eager_seconds, eager = _measure(model, example, accelerator)
+    except torch.OutOfMemoryError:
+        # Compiled blocks keep less; there is nothing to compare them with, and no other way.
+        torch.cuda.empty_cache()
+        compile_blocks(model)
+        say("  torch.compile is on: without it, a pass does not fit the GPU's memory")
+        return
     if wanted is None and eager_seconds * num_passes < 4 * COMPILE_SECONDS:
         return
     compile_blocks(model)

@@ -158,7 +158,10 @@ def _block_shape(num_tokens: int, device: torch.device) -> tuple[int, int]:
     else:
         max_tokens, size = 8192, 2**25
     tokens = min(max(num_tokens, 1), max_tokens)
-    return tokens, size // tokens
+    if device.type == "cpu":
+        return tokens, size // tokens
+    # Rows that do not start at a multiple of 16 bytes keep a product off the fast kernels.
+    return tokens, max(128, size // tokens // 128 * 128)
 
 
 class _BlockedCrossEntropy(torch.autograd.Function):

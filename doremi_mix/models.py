@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from doremi_mix.adapters import (
@@ -307,7 +308,8 @@ _base: dict[tuple[Any, ...], TokenLossModel] = {}
 def _load_base(name: str, dtype: torch.dtype | None, *, trust_remote_code: bool) -> Any:
     """Returns the frozen model under adapters, from memory where it is the same as last time."""
     key = (*_identity(name), dtype or torch.float32, trust_remote_code)
-    if key not in _base:
+    # One that FSDP split over processes cannot be split again.
+    if key not in _base or any(isinstance(parameter, DTensor) for parameter in _base[key].parameters()):
         forget_base()
         with _explained(name):
             model = _from_pretrained(name, dtype or torch.float32, trust_remote_code=trust_remote_code)

@@ -28,7 +28,9 @@ CPU_BATCH_SIZE = 24
 CHECKPOINT_LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4
 MICRO_BATCH_TOKENS = 65_536
-"""Tokens in one forward pass at most: what a 280 M model in bf16 needs for them fits a data-center GPU."""
+"""Tokens in one forward pass at most."""
+UNKNOWN_MODEL_TOKENS = 16_384
+"""Tokens in one forward pass on a GPU of a model whose size is not known before it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,12 +175,45 @@ def base_dtype(section: TrainingConfig) -> torch.dtype | None:
 
 
 def accumulation(section: TrainingConfig, context_length: int, num_processes: int) -> int:
-    """Returns the micro-batches per step and process: as given, else so that none exceeds ``MICRO_BATCH_TOKENS``."""
+    """Returns the micro-batches per step and process: as given, else so that each fits the memory."""
     if section.gradient_accumulation_steps is not None:
         return section.gradient_accumulation_steps
     assert section.batch_size is not None
-    wanted = math.ceil(section.batch_size * context_length / (MICRO_BATCH_TOKENS * num_processes))
+    wanted = math.ceil(section.batch_size * context_length / (_tokens_that_fit(section) * num_processes))
     return max(1, min(wanted, section.batch_size // num_processes))
+
+
+def _tokens_that_fit(section: TrainingConfig) -> int:
+    """Returns how many tokens one forward and backward pass may have, at most ``MICRO_BATCH_TOKENS``."""
+    import torch
+
+    if not torch.cuda.is_available() or section.gradient_checkpointing:
+        return MICRO_BATCH_TOKENS
+    sizes = _sizes(str(section.model), trust_remote_code=section.trust_remote_code)
+    if sizes is None:
+        return UNKNOWN_MODEL_TOKENS
+    num_layers, hidden_size, intermediate_size = sizes
+    # What a Llama-like block keeps of a token for its gradient, in bytes, counted in a traced pass in bf16; adapters
+    # keep their inputs, too.
+    per_token = num_layers * ((34 if section.lora_rank is None else 48) * hidden_size + 8 * intermediate_size)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return max(512, min(MICRO_BATCH_TOKENS, int(0.6 * memory / per_token)))
+
+
+def _sizes(model: str, *, trust_remote_code: bool) -> tuple[int, int, int] | None:
+    """Returns layers, hidden and intermediate size of a model, where its configuration has them."""
+    preset = PRESETS.get(model)
+    if preset is not None:
+        return preset.num_layers, preset.hidden_size, preset.intermediate_size
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size")
+    num_layers, hidden_size, intermediate_size = (getattr(config, name, 0) for name in names)
+    return (num_layers, hidden_size, intermediate_size) if num_layers and hidden_size and intermediate_size else None
 
 
 def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_000_000) -> Estimate:
@@ -203,7 +238,14 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
     size = _num_parameters(str(proxy.model), tokens)
     if size is None or size > max_parameters:
         return Estimate({}, size or 0, amounts)
-    train_seconds, score_seconds, size = _measure_step(config, reference, tokens)
+    import torch
+
+    try:
+        train_seconds, score_seconds, size = _measure_step(config, reference, tokens)
+    except torch.OutOfMemoryError:
+        # Training says what to do about it; an estimate is no reason to stop.
+        torch.cuda.empty_cache()
+        return Estimate({}, size, amounts)
     proxy_seconds = train_seconds if _step_of(proxy) == _step_of(reference) else _measure_step(config, proxy, tokens)[0]
     seconds = {
         "reference": train_seconds * reference.steps,

@@ -76,7 +76,7 @@ def test_value_and_gradients_equal_the_plain_path(kernel):
         assert torch.allclose(got, wanted, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("way", WAYS.keys() - {"blocks of one"})
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "blocks of one"])
 def test_gradcheck(way):
     hidden_BTD, head_VD, labels_BT = inputs()
     torch.autograd.gradcheck(

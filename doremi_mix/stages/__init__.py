@@ -238,7 +238,12 @@ def _execute(stage: Stage, context: StageContext) -> str:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         trains = stage.name in ("reference", "proxy")
-        more = f"raise {stage.name}.gradient_accumulation_steps (the result stays the same), or " if trains else ""
+        more = (
+            f"raise {stage.name}.gradient_accumulation_steps or set {stage.name}.gradient_checkpointing=true "
+            "(the result stays the same), or "
+            if trains
+            else ""
+        )
         raise ConfigError(
             f"{stage.name}: the GPU's memory is full; {more}choose a smaller reference.model or tokenize.context_length"
         ) from None

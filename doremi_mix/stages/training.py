@@ -22,7 +22,7 @@ from doremi_mix.config import Config, ReferenceConfig, TrainingConfig
 from doremi_mix.engine import EngineSettings, is_sharded, to_device, with_host_facts
 from doremi_mix.evaluation import score_sequences, summarize_losses
 from doremi_mix.mixture import natural_weights
-from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model
+from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model, undo_compile
 from doremi_mix.objectives import Objective, counted, forward
 from doremi_mix.plan import accumulation, base_dtype, new_model
 from doremi_mix.run import RunDirectory, read_json, write_json
@@ -143,6 +143,8 @@ def train_and_score(
             model, objective, schedule, read, plan, context.folder, tracker, _trackers(context, section, stage)
         )
     _save(model, plan.engine, accelerator, context.folder / "model")
+    # Scoring has other shapes, and no gradient: it would be compiled anew for a few batches.
+    undo_compile(model)
     return model, held_out_losses(store, model, accelerator)
 
 
