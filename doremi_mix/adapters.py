@@ -99,7 +99,8 @@ def activate_adapter(model: Any, name: str) -> None:
 
 def adapter_names(model: Any) -> list[str]:
     """Returns the names of a model's adapters, in the order in which they were added."""
-    return list(next((layer.lora_A for layer in _layers(model).values()), {}))
+    # Adapters may sit on different layers.
+    return list(dict.fromkeys(name for layer in _layers(model).values() for name in layer.lora_A))
 
 
 def active_adapter(model: Any) -> str | None:

@@ -27,12 +27,22 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Replaces the folder's checkpoint; a crash leaves the old one or the new one."""
+    """Replaces the folder's checkpoint; a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: it could not be written; the old one is still there.
+    """
     temporary = folder / f".{CHECKPOINT}.tmp"
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch hides a full disk behind an error of its archive format.
+        cause = error.__context__
+        raise (cause if isinstance(cause, OSError) else error) from None
     temporary.replace(folder / CHECKPOINT)
 
 
@@ -102,8 +112,11 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, sharde
             gathered one by one on the first process's host, and the others get nothing.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=sharded, ignore_frozen_params=True)
+    # A head that is tied to frozen embeddings goes by a second name, which torch does not take for frozen.
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    weights = get_model_state_dict(model, options=options)
     return {
-        "model": get_model_state_dict(model, options=options),
+        "model": {name: tensor for name, tensor in weights.items() if name in trained},
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from doremi_mix.bpe import SMALLEST_VOCABULARY
@@ -59,14 +60,14 @@ def check_adapters(section: TrainingConfig, name: str) -> None:
             f"{name}.lora_rank is {section.lora_rank}, but {name}.model {section.model} starts from fresh weights, "
             "which adapters cannot make up for; give a checkpoint, or no lora_rank"
         )
-    if section.shard:
-        raise ConfigError(
-            f"{name}.shard does not go with {name}.lora_rank: a frozen base is not split; leave one of them out"
-        )
+    if find_spec("peft") is None:
+        raise ModelError(f"{name}.lora_rank: LoRA needs peft; run: pip install 'doremi-mix[lora]'")
 
 
 def check_model_name(name: str, key: str) -> None:
     """Raises ModelError for what is no preset, no path and no name of the hub."""
+    if name.endswith(".gguf") and find_spec("gguf") is None:
+        raise ModelError(f"{key}: {name} needs gguf; run: pip install 'doremi-mix[gguf]'")
     if name in PRESETS or Path(name).expanduser().exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return
     raise ModelError(

@@ -30,12 +30,12 @@ class EngineSettings:
 
     Attributes:
         gradient_checkpointing: keep only the inputs of each block and compute the rest again.
-        shard: split weights, gradients and optimizer state over the processes (FSDP).
+        shard: split weights, gradients and optimizer state over the processes (FSDP); None as the launcher's flag says.
         compile: torch.compile; None where it is measured to pay.
     """
 
     gradient_checkpointing: bool = False
-    shard: bool = False
+    shard: bool | None = None
     compile: bool | None = None
 
 
@@ -62,7 +62,8 @@ def has_bf16() -> bool:
 
 def is_sharded(settings: EngineSettings, num_processes: int) -> bool:
     """Says whether the model is split; one process has nobody to share with."""
-    return num_processes > 1 and (settings.shard or os.environ.get(SHARD) == "1")
+    wanted = os.environ.get(SHARD) == "1" if settings.shard is None else settings.shard
+    return num_processes > 1 and wanted
 
 
 def prepare(
@@ -182,8 +183,8 @@ def _choose_compile(
     say: Callable[[str], None],
 ) -> None:
     """Compiles the blocks when that was asked for, or is measured to pay; off again when it fails or differs."""
-    # On a CPU a compiled step is a tenth faster, which default runs are too short to win back, and a resumed run would
-    # have to make the same choice to end with the same bytes (scripts/bench/train.py --only compile).
+    # On a CPU a compiled step is 5 to 10 % faster: default runs are too short to win that back, and a resumed run would
+    # have to choose the same to end with the same bytes (scripts/bench/train.py --only compile).
     if wanted is False or (wanted is None and accelerator.device.type == "cpu"):
         return
     try:

@@ -181,6 +181,7 @@ def load_trained(
     *,
     trust_remote_code: bool = False,
     adapter: str = "reference",
+    base: str | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> TokenLossModel:
     """Loads a model that an earlier stage saved: all of it, or an adapter onto its base.
@@ -189,7 +190,8 @@ def load_trained(
         folder: what ``save_model`` wrote.
         trust_remote_code: let a hub model run its own code.
         adapter: what to call the adapter, if it is one; the base is shared as in ``build_model``.
-        base_dtype: of the frozen weights under an adapter; None for float32.
+        base: what loads the weights under an adapter; None for where they were when it was saved.
+        base_dtype: of these; None for float32.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -198,10 +200,10 @@ def load_trained(
         with _explained(str(folder), "run the stage that saved it again"):
             model = _from_pretrained(str(folder), torch.float32, trust_remote_code=trust_remote_code)
         return TokenLossModel(model.eval(), str(folder))
-    name = base_of(folder)
-    base = _load_base(name, base_dtype, trust_remote_code=trust_remote_code)
-    load_adapter(base, adapter, folder)
-    return TokenLossModel(base, name, adapter)
+    name = base or base_of(folder)
+    model = _load_base(name, base_dtype, trust_remote_code=trust_remote_code)
+    load_adapter(model, adapter, folder)
+    return TokenLossModel(model, name, adapter)
 
 
 def save_model(model: TokenLossModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -7,10 +7,12 @@ measures.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from doremi_mix.config import Config, TrainingConfig
 from doremi_mix.presets import PRESETS, Preset, is_config_only
@@ -91,10 +93,11 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
         # Fresh weights of some size are trained like those that the hardware would get.
         return preset.learning_rate if is_config_only(name) else CHECKPOINT_LEARNING_RATE
 
-    def filled(section: TrainingConfig, like: TrainingConfig) -> dict[str, object]:
+    def filled(section: TrainingConfig, like: TrainingConfig, lora_like: TrainingConfig) -> dict[str, object]:
         own_model = section.model or like.model or model
         same_model = own_model == like.model
-        own_rank = section.lora_rank or (like.lora_rank if same_model else None)
+        adapters = lora_like if section.lora_rank is None and own_model == lora_like.model else section
+        own_rank = adapters.lora_rank
         same_rate = like.learning_rate if same_model and own_rank == like.lora_rank else None
         own_batch = section.batch_size or like.batch_size or batch_size
         own_steps = section.steps or like.steps or steps
@@ -102,22 +105,26 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
             "model": own_model,
             "learning_rate": section.learning_rate or same_rate or rate(own_model, own_rank),
             "lora_rank": own_rank,
-            "lora_alpha": section.lora_alpha or (like.lora_alpha if same_model else None),
-            "lora_target_modules": section.lora_target_modules or (like.lora_target_modules if same_model else None),
+            "lora_alpha": section.lora_alpha or adapters.lora_alpha,
+            "lora_target_modules": section.lora_target_modules or adapters.lora_target_modules,
+            "trust_remote_code": section.trust_remote_code or (same_model and like.trust_remote_code),
+            "gradient_accumulation_steps": section.gradient_accumulation_steps or like.gradient_accumulation_steps,
             "gradient_checkpointing": _first(section.gradient_checkpointing, like.gradient_checkpointing, False),
-            "shard": _first(section.shard, like.shard, False),
+            "shard": _first(section.shard, like.shard),
             "compile": _first(section.compile, like.compile),
             "batch_size": own_batch,
             "steps": own_steps,
             "checkpoint_every": section.checkpoint_every or max(1, math.ceil(own_steps / 20)),
         }
 
-    new_reference = reference.model_copy(update=filled(reference, reference))
+    # A model that the reference has from the proxy comes with its adapters.
+    donor = config.proxy if reference.model is None and config.proxy.model is not None else reference
+    new_reference = reference.model_copy(update=filled(reference, reference, donor))
     return config.model_copy(
         update={
             "tokenize": tokenize,
             "reference": new_reference,
-            "proxy": config.proxy.model_copy(update=filled(config.proxy, new_reference)),
+            "proxy": config.proxy.model_copy(update=filled(config.proxy, new_reference, new_reference)),
         }
     )
 
@@ -235,24 +242,47 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
         "reference_losses": proxy.steps * proxy.batch_size * context_length,
         "proxy": proxy.steps * proxy.batch_size * context_length,
     }
-    size = _num_parameters(str(proxy.model), tokens)
-    if size is None or size > max_parameters:
-        return Estimate({}, size or 0, amounts)
+    sizes = [_num_parameters(str(section.model), tokens) for section in (reference, proxy)]
+    if any(size is None or size > max_parameters for size in sizes):
+        return Estimate({}, sizes[1] or 0, amounts)
+    steps = _measure_steps(config, tokens)
+    if steps is None:
+        return Estimate({}, sizes[1] or 0, amounts)
+    of_reference, of_proxy = steps
+    seconds = {
+        "reference": of_reference.train_seconds * reference.steps,
+        "reference_losses": of_reference.score_seconds * proxy.steps * proxy.batch_size / reference.batch_size,
+        # With micro-batches, a first pass without gradient finds the weights.
+        "proxy": (of_proxy.train_seconds + (of_proxy.score_seconds if of_proxy.parts > 1 else 0)) * proxy.steps,
+    }
+    return Estimate(seconds, of_proxy.num_parameters, amounts)
+
+
+class _Step(NamedTuple):
+    train_seconds: float
+    score_seconds: float
+    parts: int
+    num_parameters: int
+
+
+def _measure_steps(config: Config, tokens: TokenInfo) -> tuple[_Step, _Step] | None:
+    """Measures a step of the reference and of the proxy; None where it does not fit the GPU's memory.
+
+    Training says what to do about that; an estimate is no reason to stop.
+    """
     import torch
 
-    try:
-        train_seconds, score_seconds, size = _measure_step(config, reference, tokens)
-    except torch.OutOfMemoryError:
-        # Training says what to do about it; an estimate is no reason to stop.
+    reference, proxy = config.reference, config.proxy
+    result = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        of_reference = _measure_step(config, reference, tokens)
+        same = _step_of(proxy) == _step_of(reference)
+        result = of_reference, of_reference if same else _measure_step(config, proxy, tokens)
+    # The models sit in reference cycles, and after an error in its frames.
+    gc.collect()
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        return Estimate({}, size, amounts)
-    proxy_seconds = train_seconds if _step_of(proxy) == _step_of(reference) else _measure_step(config, proxy, tokens)[0]
-    seconds = {
-        "reference": train_seconds * reference.steps,
-        "reference_losses": score_seconds * proxy.steps * proxy.batch_size / reference.batch_size,
-        "proxy": proxy_seconds * proxy.steps,
-    }
-    return Estimate(seconds, size, amounts)
+    return result
 
 
 def _num_parameters(model: str, tokens: TokenInfo) -> int | None:
@@ -262,6 +292,8 @@ def _num_parameters(model: str, tokens: TokenInfo) -> int | None:
     preset: Preset | None = PRESETS.get(model)
     if preset is not None:
         return preset.num_parameters(tokens.vocab_size)
+    if model.endswith(".gguf") and Path(model).exists():
+        return Path(model).stat().st_size * 2  # about four bits each
     files = [*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin")] if Path(model).is_dir() else []
     # Two bytes a parameter is the smallest usual storage, so this never calls a large model small.
     return sum(file.stat().st_size for file in files) // 2 if files or Path(model).exists() else None
@@ -269,11 +301,12 @@ def _num_parameters(model: str, tokens: TokenInfo) -> int | None:
 
 def _step_of(section: TrainingConfig) -> tuple[object, ...]:
     """What the time of a step depends on."""
-    return section.model, section.batch_size, section.lora_rank, section.gradient_checkpointing
+    keys = {"model", "batch_size", "lora_rank", "lora_target_modules", "gradient_checkpointing"}
+    return tuple(section.model_dump(include={*keys, "gradient_accumulation_steps"}).values())
 
 
-def _measure_step(config: Config, section: TrainingConfig, tokens: TokenInfo) -> tuple[float, float, int]:
-    """Returns seconds for a training step, for scoring the same batch, and the number of parameters."""
+def _measure_step(config: Config, section: TrainingConfig, tokens: TokenInfo) -> _Step:
+    """Measures seconds for a training step and for scoring the same batch."""
     import torch
 
     from doremi_mix.adapters import remove_adapter
@@ -306,11 +339,13 @@ def _measure_step(config: Config, section: TrainingConfig, tokens: TokenInfo) ->
             loss.item()
             return time.perf_counter() - start
 
-        run(train=True)
-        train_seconds = min(run(train=True) for _ in range(2))
-        score_seconds = min(run(train=False) for _ in range(2))
-        size = num_parameters(model)
-        if model.adapter is not None:
-            # The base stays in memory for the stages to come.
-            remove_adapter(model.model, model.adapter)
-    return train_seconds * parts, score_seconds * parts, size
+        try:
+            run(train=True)
+            train_seconds = min(run(train=True) for _ in range(2))
+            score_seconds = min(run(train=False) for _ in range(2))
+            size = num_parameters(model)
+        finally:
+            if model.adapter is not None:
+                # The base stays in memory for the stages to come.
+                remove_adapter(model.model, model.adapter)
+    return _Step(train_seconds * parts, score_seconds * parts, parts, size)

@@ -124,7 +124,7 @@ def train(
 
     Raises:
         ConfigError: the batch has fewer sequences than there are processes times micro-batches.
-        DivergedError: a loss is not finite.
+        DivergedError: a loss or a gradient is not finite.
     """
     accelerator = make_accelerator()
     batch_size = _checked_batch_size(schedule, plan, accelerator)
@@ -235,6 +235,7 @@ class _Log:
         self.tokens_per_step = tokens_per_step
         self.step = step
         self.trackers = trackers
+        self.diverged = ""
         self._pending: list[Tensor] = []
         self._norms: list[Tensor] = []
         self._since = time.perf_counter()
@@ -251,11 +252,7 @@ class _Log:
         self._norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm.detach())
 
     def take(self) -> list[tuple[StepRecord, dict[str, float]]]:
-        """Reads the pending steps from the device and returns their records and metrics.
-
-        Raises:
-            DivergedError: a loss is not finite.
-        """
+        """Reads the pending steps from the device and returns the records and metrics of those before a divergence."""
         values = torch.stack(self._pending).cpu()
         norms = torch.stack(self._norms).tolist()
         now = time.perf_counter()
@@ -265,11 +262,13 @@ class _Log:
         result = []
         for logged, norm in zip(values, norms, strict=True):
             self.step += 1
-            if not bool(torch.isfinite(logged).all()):
-                raise DivergedError(
-                    f"{self.plan.stage}: the loss is not finite at step {self.step} of {self.plan.steps}; "
+            what = "gradient" if bool(torch.isfinite(logged).all()) else "loss"
+            if what == "loss" or not math.isfinite(norm):
+                self.diverged = (
+                    f"{self.plan.stage}: the {what} is not finite at step {self.step} of {self.plan.steps}; "
                     f"lower {self.plan.stage}.learning_rate (it is {self.plan.learning_rate:g})"
                 )
+                break
             record = self.objective.record(self.step, logged)
             metrics = {
                 "step": self.step,
@@ -285,7 +284,11 @@ class _Log:
 
 
 def _flush(log: _Log, *, to_disk: bool) -> float:
-    """Appends the pending steps to the logs and returns the last loss; before a checkpoint the logs reach the disk."""
+    """Appends the pending steps to the logs and returns the last loss; before a checkpoint the logs reach the disk.
+
+    Raises:
+        DivergedError: a loss or a gradient is not finite; the steps before it are in the logs.
+    """
     taken = log.take()
     if writes(log.accelerator):
         _append(log.folder / METRICS, [metrics for _, metrics in taken], to_disk=to_disk)
@@ -294,6 +297,8 @@ def _flush(log: _Log, *, to_disk: bool) -> float:
     if log.trackers is not None:
         for record, metrics in taken:
             log.trackers.log(_scalars(metrics, record), int(metrics["step"]))
+    if log.diverged:
+        raise DivergedError(log.diverged)
     return taken[-1][0].loss
 
 

@@ -1,5 +1,6 @@
 """Checkpoints are written while training goes on, whole or not at all."""
 
+import resource
 import threading
 
 import pytest
@@ -55,7 +56,12 @@ def test_a_frozen_base_is_no_state(model_config):
     name, parameter = next(iter(model.named_parameters()))
     parameter.requires_grad_(True)
     state = training_state(model, torch.optim.AdamW([parameter]), sharded=False)
-    assert set(state["model"]) == {name, *state["model"].keys() & {"model.lm_head.weight"}}
+    assert name == "model.model.embed_tokens.weight"
+    assert set(state["model"]) == {name, "model.lm_head.weight"}  # tied to it, so trained, too
+    parameter.requires_grad_(False)
+    (other, bias), *_ = ((name, p) for name, p in model.named_parameters() if "layernorm" in name)
+    bias.requires_grad_(True)
+    assert set(training_state(model, torch.optim.AdamW([bias]), sharded=False)["model"]) == {other}
 
 
 def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(tmp_path, monkeypatch):
@@ -75,6 +81,20 @@ def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(tmp_path
         assert load_checkpoint(tmp_path) is None
         go.set()
     assert torch.equal(load_checkpoint(tmp_path)["nested"]["list"][0], torch.ones(3))
+
+
+def test_a_full_disk_is_told_as_such(tmp_path):
+    """torch.save itself speaks of its archive's format."""
+    save_checkpoint(tmp_path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, {"weights": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 def test_a_write_that_fails_is_an_error_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):

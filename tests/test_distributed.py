@@ -68,9 +68,10 @@ def finish(*processes):
     return outputs
 
 
-def num_processes(run_dir):
-    """How many processes trained, as the stage itself saw it."""
-    return json.loads((run_dir / "proxy" / "metrics.json").read_text())["num_processes"]
+def processes_of(run_dir):
+    """How many processes trained, as the stage itself saw it, and whether they shared the model."""
+    metrics = json.loads((run_dir / "proxy" / "metrics.json").read_text())
+    return metrics["num_processes"], metrics["split_over_processes"]
 
 
 def assert_same_learning(one, two):
@@ -83,6 +84,8 @@ def assert_same_learning(one, two):
     assert draws[0] == draws[1]
     metrics = [read_log(run_dir / "reference" / "metrics.jsonl") for run_dir in (one, two)]
     assert [line["num_tokens"] for line in metrics[0]] == [line["num_tokens"] for line in metrics[1]]
+    for a, b in zip(*metrics, strict=True):
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
     losses = [
         json.loads((run_dir / "proxy" / "metrics.json").read_text())["held_out_loss_average"] for run_dir in (one, two)
     ]
@@ -92,7 +95,8 @@ def assert_same_learning(one, two):
 def test_two_processes(corpus, settings, one_process, tmp_path):
     launch = ["--nproc-per-node", "2", "--master-port", free_port()]
     finish(start(launch, command(corpus, settings, tmp_path / "run")))
-    assert (num_processes(one_process), num_processes(tmp_path / "run")) == (1, 2)
+    assert processes_of(one_process) == (1, False)
+    assert processes_of(tmp_path / "run") == (2, False)
     assert_same_learning(one_process, tmp_path / "run")
 
 
@@ -100,7 +104,7 @@ def test_a_model_split_over_two_processes(corpus, settings, one_process, tmp_pat
     """FSDP."""
     launch = ["--nproc-per-node", "2", "--master-port", free_port()]
     finish(start(launch, command(corpus, settings, tmp_path / "run", "reference.shard=true")))
-    assert num_processes(tmp_path / "run") == 2
+    assert processes_of(tmp_path / "run") == (2, True)
     assert_same_learning(one_process, tmp_path / "run")
     models = [run_dir / "proxy" / "model" for run_dir in (one_process, tmp_path / "run")]
     whole, split = (sorted(path.name for path in model.iterdir()) for model in models)
@@ -115,8 +119,12 @@ def test_what_two_processes_split_goes_on_in_one(corpus, settings, one_process, 
     output = killed.communicate(timeout=300)[0]
     assert "SIGKILL" in output
     assert (tmp_path / "run" / "proxy" / "checkpoint.pt").exists(), output
+    # Every third step has a checkpoint, and the killed one may not have been written yet.
+    kept = (tmp_path / "run" / "proxy" / "metrics.jsonl").read_bytes().splitlines()[:12]
     learn(corpus, tmp_path / "run", quiet=True, **settings)
-    assert num_processes(tmp_path / "run") == 1
+    assert processes_of(tmp_path / "run") == (1, False)
+    after = (tmp_path / "run" / "proxy" / "metrics.jsonl").read_bytes().splitlines()
+    assert after[: len(kept)] == kept  # not made again
     assert_same_learning(one_process, tmp_path / "run")
 
 
@@ -136,7 +144,7 @@ def test_two_machines(corpus, settings, one_process, tmp_path):
         for address in ("127.0.0.1", "127.0.0.2")
     ]
     finish(*machines)
-    assert num_processes(tmp_path / "run") == 2
+    assert processes_of(tmp_path / "run") == (2, False)
     assert_same_learning(one_process, tmp_path / "run")
 
 

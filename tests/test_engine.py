@@ -76,9 +76,10 @@ def test_a_compiler_that_is_asked_for_stays(model, batch, monkeypatch):
     assert line.startswith("  torch.compile is on: ")
 
 
-def test_preparing_leaves_weights_and_gradients_alone(model, batch):
+def test_preparing_leaves_weights_and_gradients_alone(model, batch, monkeypatch):
     before = [parameter.clone() for parameter in model.parameters()]
-    prepared(model, batch, gradient_checkpointing=False)
+    monkeypatch.setattr(engine, "compile_blocks", lambda _model: None)
+    prepared(model, batch, compile=True, gradient_checkpointing=True)
     for parameter, kept in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, kept)
         assert parameter.grad is None
@@ -89,7 +90,24 @@ def test_the_launchers_flag_asks_for_a_split_model(monkeypatch):
     monkeypatch.setenv(engine.SHARD, "0")
     make_accelerator()
     assert is_sharded(EngineSettings(), num_processes=2)
+    assert not is_sharded(EngineSettings(shard=False), num_processes=2)
     assert not is_sharded(EngineSettings(shard=True), num_processes=1)
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(model, batch):
+    def run():
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t
+        ):
+            loss = forward(model, batch).sum()
+        return sum(kept), torch.autograd.grad(loss, model.model.get_input_embeddings().weight)[0]
+
+    plain, gradient = run()
+    prepared(model, batch, gradient_checkpointing=True)
+    checkpointed, same = run()
+    assert checkpointed < plain
+    assert torch.equal(gradient, same)
 
 
 class Asked(TorchDispatchMode):

@@ -53,6 +53,29 @@ def test_a_checkpoint_brings_its_tokenizer(model_config):
     assert given.tokenize.tokenizer == "mine"
 
 
+def lora_of(section):
+    return section.lora_rank, section.lora_alpha, section.lora_target_modules
+
+
+def test_adapters_go_with_the_model():
+    """What one section says of them holds for the other, if it has the same model."""
+    lora = {"model": "some/base", "lora_rank": 8, "lora_alpha": 4, "lora_target_modules": ["q_proj"]}
+    for sections in ({"reference": lora}, {"proxy": lora}):
+        config = chosen(**sections)
+        assert lora_of(config.reference) == lora_of(config.proxy) == (8, 4, ("q_proj",))
+        assert config.reference.learning_rate == config.proxy.learning_rate == 2e-4
+    own_rank = chosen(reference=lora, proxy={"lora_rank": 64})
+    assert lora_of(own_rank.proxy) == (64, None, None)
+    assert lora_of(chosen(reference=lora, proxy={"model": "tiny"}).proxy) == (None, None, None)
+
+
+def test_how_a_step_is_run_goes_from_the_reference_to_the_proxy():
+    given = {"shard": True, "gradient_checkpointing": True, "compile": False, "gradient_accumulation_steps": 4}
+    assert chosen(reference=given).proxy.model_dump(include=set(given)) == given
+    own = {"shard": False, "gradient_checkpointing": False, "compile": True, "gradient_accumulation_steps": 2}
+    assert chosen(reference=given, proxy=own).proxy.model_dump(include=set(own)) == own
+
+
 def test_micro_batches_fit_and_never_outnumber_sequences():
     proxy = chosen(proxy={"batch_size": 64}).proxy
     assert accumulation(proxy, MICRO_BATCH_TOKENS // 64, 1) == 1

@@ -66,11 +66,15 @@ def test_killed_and_started_again(arguments, undisturbed, tmp_path, stage, targe
     row = stage_named(stage)
     assert (RunDirectory(tmp_path / "run").work_path(stage, resumable=row.resumable) / "started.json").exists()
     assert not (tmp_path / "run" / stage / "manifest.json").exists()
+    metrics = tmp_path / "run" / "proxy" / "metrics.jsonl"
+    # The steps before the checkpoint (every five) are not made again: their seconds stay.
+    kept = metrics.read_bytes().splitlines()[:5] if stage == "proxy" else []
     again = run(arguments, tmp_path / "run")
     assert again.returncode == 0, again.stderr
     for name in RESULTS:
         assert (tmp_path / "run" / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert metrics.read_bytes().splitlines()[: len(kept)] == kept
 
 
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(arguments, undisturbed, tmp_path):

@@ -7,6 +7,7 @@ core and writes artifacts into ``context.folder``.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import shlex
 import time
@@ -212,6 +213,8 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
     if stage.parallel or processes.is_main:
         folder = run.work_path(stage.name, resumable=stage.resumable)
         said = _execute(stage, StageContext(config, run, folder, narrator, processes))
+        if stage.parallel:
+            _free_memory()
     if processes.is_main:
         seconds = time.monotonic() - start
         record = {"seconds": round(seconds, 3), "settings": stage.settings(config)}
@@ -220,6 +223,15 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
         narrator.say(f"{stage.name}: {said} ({format_seconds(seconds)})")
     processes.wait()
     return True
+
+
+def _free_memory() -> None:
+    """Frees the stage's model now: it sits in reference cycles, and the next stage brings its own."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _execute(stage: Stage, context: StageContext) -> str:

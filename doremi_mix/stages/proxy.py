@@ -8,6 +8,7 @@ domain).
 from __future__ import annotations
 
 from doremi_mix.dro import average_weights
+from doremi_mix.models import forget_base
 from doremi_mix.objectives import GroupDROObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
@@ -27,7 +28,11 @@ def run(context: StageContext) -> str:
     schedule = proxy_schedule(context.config, store)
     objective = GroupDROObjective(store.domains, step_size=section.step_size, smoothing=section.smoothing)
     cached = ReferenceLosses(context.run.stage_path("reference_losses"))
-    model, losses = train_and_score(context, section, objective, schedule, cached.read)
+    try:
+        model, losses = train_and_score(context, section, objective, schedule, cached.read)
+    finally:
+        # No later stage needs the base of adapters.
+        forget_base()
     if context.processes.is_main:
         average_K = average_weights(objective.dro).tolist()
         write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))

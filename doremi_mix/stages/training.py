@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import whole_state
@@ -86,13 +87,15 @@ def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
 def trained_model(run: RunDirectory, section: ReferenceConfig) -> TokenLossModel:
     """Loads what stage reference saved; adapters go over the base that is in memory already, when it is."""
     folder = run.stage_path("reference") / "model"
-    return load_trained(folder, trust_remote_code=section.trust_remote_code, base_dtype=base_dtype(section))
+    return load_trained(
+        folder, trust_remote_code=section.trust_remote_code, base=section.model, base_dtype=base_dtype(section)
+    )
 
 
 def engine_settings(section: TrainingConfig) -> EngineSettings:
     """Returns how a section's steps are run."""
     return EngineSettings(
-        gradient_checkpointing=bool(section.gradient_checkpointing), shard=bool(section.shard), compile=section.compile
+        gradient_checkpointing=bool(section.gradient_checkpointing), shard=section.shard, compile=section.compile
     )
 
 
@@ -133,7 +136,10 @@ def train_and_score(
         warmup_share=section.warmup_share,
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
-        gradient_accumulation_steps=accumulation(section, T, context.processes.count),
+        # One decision for all: it says who trains on what, and their memories may differ.
+        gradient_accumulation_steps=int(
+            context.processes.from_main(str(accumulation(section, T, context.processes.count)))
+        ),
         checkpoint_every=section.checkpoint_every,
         engine=engine_settings(section),
     )
@@ -213,6 +219,7 @@ def write_metrics(
             "num_parameters": num_parameters(model),
             "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "num_processes": context.processes.count,
+            "split_over_processes": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
             "held_out_loss_average": _number(average),
             "held_out_loss": {
                 name: {key: _number(value) for key, value in asdict(loss).items()} for name, loss in losses.items()
