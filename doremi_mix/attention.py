@@ -22,6 +22,8 @@ import torch.nn.functional as F  # noqa: N812 (the name that every torch user kn
 from numpy.typing import NDArray
 from torch import Tensor
 
+from doremi_mix.errors import first_line
+
 Attend = Callable[..., tuple[Tensor, None]]
 """What transformers calls in each attention layer: (module, query_BHTE, key_BGTE, value_BGTE, attention_mask, ...)."""
 
@@ -300,7 +302,7 @@ def _why_not(model: Any, name: str, device: torch.device, dtype: torch.dtype) ->
                 if not error <= allowed:
                     return f"its {what} differ from SDPA's by {error:.1%} (allowed {allowed:.1%})"
     except Exception as error:  # kernels and compilers fail in many ways, and none of them may stop a training
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -390,8 +392,3 @@ def _errors(attend: Attend, heads: _Heads, name: str, device: torch.device, dtyp
 
     pairs = zip(found_gradients, expected_gradients, strict=True)
     return {"values": difference(found, expected), "gradients": max(difference(*pair) for pair in pairs)}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -66,3 +66,9 @@ class DivergedError(DoremiMixError, ArithmeticError):
 
 class ModelError(DoremiMixError, ValueError):
     """A model or tokenizer cannot be loaded, or does not do what the pipeline needs."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns what another library's error says, in one line of at most 200 characters."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -37,6 +37,7 @@ from doremi_mix.models import TokenLossModel
 from doremi_mix.objectives import MicroBatch, Objective, StepRecord
 from doremi_mix.progress import Tracker
 from doremi_mix.store import TokenStore
+from doremi_mix.tracking import flatten
 
 FLUSH_EVERY = 20
 """Steps between readings of the losses from the device: each one waits for it."""
@@ -158,19 +159,16 @@ def train(
                 note = f"loss {_flush(log, to_disk=checkpoint):.3f}"
             tracker.advance(tokens_per_step, note)
             if checkpoint:
-                state = training_state(model, optimizer, sharded=sharded) if sharded or writes(accelerator) else {}
-                if writes(accelerator):
+                state = (
+                    training_state(model, optimizer, sharded=sharded) if sharded or accelerator.is_main_process else {}
+                )
+                if accelerator.is_main_process:
                     writer.save({"step": step, **state, "objective": objective.state()})
             if stop:
                 writer.wait()
                 raise KeyboardInterrupt
     accelerator.wait_for_everyone()
     return accelerator
-
-
-def writes(accelerator: Any) -> bool:
-    """Says whether this process writes files."""
-    return bool(accelerator.is_main_process)
 
 
 def _num_parts(plan: TrainingPlan, accelerator: Any) -> int:
@@ -208,7 +206,7 @@ def _restore(
         step = int(state["step"])
         restore_training_state(model, optimizer, state)
         objective.restore(state["objective"])
-    if writes(accelerator):
+    if accelerator.is_main_process:
         for name in (METRICS, *([TRAJECTORY] if objective.has_trajectory else [])):
             cut_log(folder / name, step)
     accelerator.wait_for_everyone()
@@ -290,13 +288,13 @@ def _flush(log: _Log, *, to_disk: bool) -> float:
         DivergedError: a loss or a gradient is not finite; the steps before it are in the logs.
     """
     taken = log.take()
-    if writes(log.accelerator):
+    if log.accelerator.is_main_process:
         _append(log.folder / METRICS, [metrics for _, metrics in taken], to_disk=to_disk)
         if log.objective.has_trajectory:
             _append(log.folder / TRAJECTORY, [record.trajectory for record, _ in taken], to_disk=to_disk)
     if log.trackers is not None:
         for record, metrics in taken:
-            log.trackers.log(_scalars(metrics, record), int(metrics["step"]))
+            log.trackers.log(flatten({**metrics, **(record.trajectory or {})}), int(metrics["step"]))
     if log.diverged:
         raise DivergedError(log.diverged)
     return taken[-1][0].loss
@@ -308,15 +306,6 @@ def _append(path: Path, records: Sequence[Any], *, to_disk: bool) -> None:
         if to_disk:
             file.flush()
             os.fsync(file.fileno())
-
-
-def _scalars(metrics: dict[str, float], record: StepRecord) -> dict[str, float]:
-    """Returns one level of numbers, as experiment trackers want them: ``domain_weights/<domain>`` and so on."""
-    values = {key: value for key, value in metrics.items() if key != "step"}
-    for key, by_domain in (record.trajectory or {}).items():
-        if isinstance(by_domain, dict):
-            values.update({f"{key}/{name}": value for name, value in by_domain.items()})
-    return values
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from doremi_mix.adapters import num_trainable_parameters
 from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import whole_state
 from doremi_mix.config import Config, ReferenceConfig, TrainingConfig
@@ -217,7 +218,7 @@ def write_metrics(
         context.folder / "metrics.json",
         {
             "num_parameters": num_parameters(model),
-            "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "num_trained_parameters": num_trainable_parameters(model),
             "num_processes": context.processes.count,
             "split_over_processes": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
             "held_out_loss_average": _number(average),
