@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from doremi_mix.errors import ModelError, first_line
+from doremi_mix.errors import ModelError, short_reason
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -184,7 +184,7 @@ def load_adapter(model: Any, name: str, folder: Path) -> None:
         if name in adapter_names(model):
             remove_adapter(model, name)
         raise ModelError(
-            f"model {folder}: its adapter cannot be loaded onto its base ({first_line(error)}); "
+            f"model {folder}: its adapter cannot be loaded onto its base ({short_reason(error)}); "
             "train it again, or give the base that it was trained on"
         ) from None
     activate_adapter(model, name)
@@ -314,4 +314,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {folder}: its {CONFIG} cannot be read ({first_line(error)})") from None
+        raise ModelError(f"model {folder}: its {CONFIG} cannot be read ({short_reason(error)})") from None

@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812 (the name that every torch user kn
 from numpy.typing import NDArray
 from torch import Tensor
 
-from doremi_mix.errors import first_line
+from doremi_mix.errors import short_reason
 
 Attend = Callable[..., tuple[Tensor, None]]
 """What transformers calls in each attention layer: (module, query_BHTE, key_BGTE, value_BGTE, attention_mask, ...)."""
@@ -302,7 +302,7 @@ def _why_not(model: Any, name: str, device: torch.device, dtype: torch.dtype) ->
                 if not error <= allowed:
                     return f"its {what} differ from SDPA's by {error:.1%} (allowed {allowed:.1%})"
     except Exception as error:  # kernels and compilers fail in many ways, and none of them may stop a training
-        return first_line(error)
+        return short_reason(error)
     return None
 
 

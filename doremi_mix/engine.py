@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from doremi_mix.attention import choose_attention
-from doremi_mix.errors import first_line
+from doremi_mix.errors import short_reason
 from doremi_mix.loss import select_loss_kernel
 from doremi_mix.models import TokenLossModel, blocks, compile_blocks, enable_gradient_checkpointing, undo_compile
 from doremi_mix.objectives import MicroBatch, forward
@@ -205,7 +205,7 @@ def _choose_compile(
         spent = time.perf_counter() - start
     except Exception as error:  # compilers fail in many ways, and none of them may stop a training
         undo_compile(model)
-        say(f"  torch.compile is off: it failed ({first_line(error)})")
+        say(f"  torch.compile is off: it failed ({short_reason(error)})")
         return
     tolerance = 0.05 if accelerator.mixed_precision == "bf16" else 1e-3
     # Gradients that are nothing beside the largest are noise.

@@ -68,7 +68,9 @@ class ModelError(DoremiMixError, ValueError):
     """A model or tokenizer cannot be loaded, or does not do what the pipeline needs."""
 
 
-def first_line(error: BaseException) -> str:
-    """Returns what another library's error says, in one line of at most 200 characters."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+def short_reason(error: BaseException) -> str:
+    """Returns what a library or the system said, in one short line without its full stop."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".")[:200] if lines else type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from doremi_mix.errors import ModelError, first_line
+from doremi_mix.errors import ModelError, short_reason
 
 
 def check_size(model: Any, name: str, vocab_size: int, context_length: int) -> None:
@@ -62,7 +62,7 @@ def check_behavior(wrapped: Any, name: str, context_length: int) -> None:
         logits_BTV = wrapped.model(input_ids=ids_BT[:, second], use_cache=False).logits.float()
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"model {name}: does not run as a causal language model on packed sequences ({first_line(error)}); "
+            f"model {name}: does not run as a causal language model on packed sequences ({short_reason(error)}); "
             "choose another model"
         ) from None
     if not torch.isfinite(packed_BT).all():

@@ -31,7 +31,7 @@ from doremi_mix.adapters import (
     save_adapter,
 )
 from doremi_mix.attention import attention_inputs, use_attention
-from doremi_mix.errors import ModelError, first_line
+from doremi_mix.errors import ModelError, short_reason
 from doremi_mix.fitness import check_behavior, check_size
 from doremi_mix.loss import LossKernel, linear_cross_entropy
 from doremi_mix.presets import PRESETS, is_config_only
@@ -347,7 +347,7 @@ def _explained(
     except ModelError:
         raise
     except Exception as error:  # damaged files and wrong settings come as many classes, all the user's to settle
-        raise ModelError(f"model {name}: cannot be loaded ({first_line(error)}); {advice}") from None
+        raise ModelError(f"model {name}: cannot be loaded ({short_reason(error)}); {advice}") from None
 
 
 def _from_config(name: str, tokens: TokenInfo, context_length: int, *, trust_remote_code: bool) -> Any:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_mix.bpe import END_TOKEN, PAD_TOKEN, without_surrogates
-from doremi_mix.errors import ModelError, first_line
+from doremi_mix.errors import ModelError, short_reason
 
 if TYPE_CHECKING:
     import tokenizers
@@ -199,7 +199,7 @@ def _load_json(path: Path, name: str) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
         raise ModelError(
-            f"tokenizer {path}: not a tokenizer.json of the tokenizers library ({first_line(error)}); "
+            f"tokenizer {path}: not a tokenizer.json of the tokenizers library ({short_reason(error)}); "
             f"choose another tokenizer"
         ) from error
     settings = _read_settings(path.parent)
@@ -307,7 +307,7 @@ def _load_with_transformers(path: Path, name: str, files: Sequence[Path], *, tru
         hint = (
             "choose another tokenizer" if trust_remote_code else "if it needs its own code, set trust_remote_code: true"
         )
-        raise ModelError(f"tokenizer {path}: transformers cannot load it ({first_line(error)}); {hint}") from error
+        raise ModelError(f"tokenizer {path}: transformers cannot load it ({short_reason(error)}); {hint}") from error
     if getattr(tokenizer, "is_fast", False):
         return _from_backend(tokenizer.backend_tokenizer, name, _special_tokens(tokenizer), _digest(files))
     if tokenizer.eos_token_id is None:
@@ -347,7 +347,7 @@ def _load_gguf(path: Path, name: str) -> Tokenizer:
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # damaged files come as many classes
         raise ModelError(
-            f"tokenizer {path}: transformers cannot read it ({first_line(error)}); choose another tokenizer"
+            f"tokenizer {path}: transformers cannot read it ({short_reason(error)}); choose another tokenizer"
         ) from error
     # transformers gives it special tokens that the file has not, and the model no embeddings for.
     own = set(backend.get_vocab(with_added_tokens=False).values())

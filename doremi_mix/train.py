@@ -159,9 +159,9 @@ def train(
                 note = f"loss {_flush(log, to_disk=checkpoint):.3f}"
             tracker.advance(tokens_per_step, note)
             if checkpoint:
-                state = (
-                    training_state(model, optimizer, sharded=sharded) if sharded or accelerator.is_main_process else {}
-                )
+                # Every process has a part of a model that is split.
+                if sharded or accelerator.is_main_process:
+                    state = training_state(model, optimizer, sharded=sharded)
                 if accelerator.is_main_process:
                     writer.save({"step": step, **state, "objective": objective.state()})
             if stop:

@@ -58,6 +58,16 @@ def test_a_compiler_that_fails_is_left(model, batch, monkeypatch):
     assert torch.equal(forward(model, batch), before)
 
 
+def test_a_compiler_that_fails_without_a_word_is_left(model, batch, monkeypatch):
+    def fails(*_arguments, **_settings):
+        raise RuntimeError
+
+    monkeypatch.setattr(
+        engine, "compile_blocks", lambda model: setattr(engine.blocks(model)[0], "_compiled_call_impl", fails)
+    )
+    assert prepared(model, batch, compile=True) == ["  torch.compile is off: it failed (RuntimeError)"]
+
+
 def test_a_compiler_that_changes_the_numbers_is_left(model, batch, monkeypatch):
     before = forward(model, batch)
 

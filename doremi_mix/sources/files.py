@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from doremi_mix.errors import DataError, SourceFormatError, SourceNotFoundError
+from doremi_mix.errors import DataError, SourceFormatError, SourceNotFoundError, short_reason
 
 FORMATS = ("json", "jsonl", "parquet")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
@@ -163,8 +163,8 @@ def _read_head(path: Path) -> tuple[bytes, bool]:
 
 def _refuse_single_object(path: Path, head: str, *, is_whole: bool) -> None:
     """Tells rows on lines of their own from one object around all rows, and from rows spread over lines."""
-    first_line, _, rest = (line.strip(_JSON_SPACE) for line in head.partition("\n"))
-    if first_line.endswith("}") and (rest or not is_whole):
+    short_reason, _, rest = (line.strip(_JSON_SPACE) for line in head.partition("\n"))
+    if short_reason.endswith("}") and (rest or not is_whole):
         return
     wrapper = _find_list_of_objects(head)
     if wrapper and wrapper[1] not in _LISTS_OF_A_ROW:
@@ -173,7 +173,7 @@ def _refuse_single_object(path: Path, head: str, *, is_whole: bool) -> None:
             f" jq '.[\"{wrapper[1]}\"]'"
         )
     second_line = rest.partition("\n")[0].strip(_JSON_SPACE)
-    if rest and not first_line.endswith("}") and not (second_line.startswith("{") and second_line.endswith("}")):
+    if rest and not short_reason.endswith("}") and not (second_line.startswith("{") and second_line.endswith("}")):
         raise SourceFormatError(
             f"{path}: is an object over several lines, expected an array of rows or a row per line; convert it: jq -c ."
         )
@@ -241,11 +241,3 @@ class _PackedFile(io.RawIOBase):
         size = min(len(target), len(self._unpacked))
         target[:size], self._unpacked = self._unpacked[:size], self._unpacked[size:]
         return size
-
-
-def short_reason(error: BaseException) -> str:
-    """Returns what a library or the system said, in one short line without its full stop."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__

@@ -25,7 +25,7 @@ from typing import Any
 
 import orjson
 
-from doremi_mix.errors import DataError, SourceFormatError
+from doremi_mix.errors import DataError, SourceFormatError, short_reason
 from doremi_mix.sources.files import (
     CHUNK_BYTES,
     FORMATS,
@@ -34,7 +34,6 @@ from doremi_mix.sources.files import (
     find_files,
     open_bytes,
     sha256_of,
-    short_reason,
 )
 
 __all__ = [
