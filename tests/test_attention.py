@@ -311,7 +311,7 @@ def test_a_kernel_that_fails_or_is_missing_is_not_taken(kernels, monkeypatch):
     kernels(varlen=raising)
     assert chosen(model, ways=("varlen",)) == (
         "sdpa",
-        "attention: SDPA with a mask; varlen_attn is off: FlashAttention only supports Ampere GPUs or newer.",
+        "attention: SDPA with a mask; varlen_attn is off: FlashAttention only supports Ampere GPUs or newer",
     )
 
     def missing():
