@@ -42,6 +42,28 @@ def plan_domain_counts(weights_K: NDArray[np.float64], batch_size: int, num_step
     return counts_SK
 
 
+def spread_over_steps(num_sequences_K: NDArray[np.int64], num_steps: int) -> NDArray[np.int64]:
+    """Spreads a fixed number of sequences of each domain evenly over a training run.
+
+    Args:
+        num_sequences_K: sequences to draw from each domain in all.
+        num_steps: S, at most the sum of them.
+
+    Returns:
+        Sequences to draw, shape [S, K]; columns sum to ``num_sequences_K``, rows differ by one at most in their sum.
+
+    Example:
+        >>> spread_over_steps(np.array([4, 2]), 2).tolist()
+        [[2, 1], [2, 1]]
+    """
+    num_sequences_K = np.asarray(num_sequences_K, dtype=np.int64)
+    domain_ids = np.repeat(np.arange(len(num_sequences_K)), num_sequences_K)
+    # The j-th of n sequences of a domain is due at (j + 1/2) / n of the run.
+    due = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in num_sequences_K])
+    in_order = domain_ids[np.argsort(due, kind="stable")]
+    return np.stack([np.bincount(part, minlength=len(num_sequences_K)) for part in np.array_split(in_order, num_steps)])
+
+
 class Schedule:
     """Sequence ids for each step.
 
@@ -66,8 +88,26 @@ class Schedule:
             num_steps: S.
             seed: of the orders.
         """
+        self._plan(sequence_ids_by_domain, plan_domain_counts(weights_K, batch_size, num_steps), seed)
+
+    @classmethod
+    def of_totals(
+        cls,
+        sequence_ids_by_domain: Sequence[NDArray[np.int64]],
+        num_sequences_K: NDArray[np.int64],
+        num_steps: int,
+        seed: int,
+    ) -> Schedule:
+        """Plans a run that draws exactly so many sequences of each domain, evenly over the steps."""
+        schedule = cls.__new__(cls)
+        schedule._plan(sequence_ids_by_domain, spread_over_steps(num_sequences_K, num_steps), seed)
+        return schedule
+
+    def _plan(
+        self, sequence_ids_by_domain: Sequence[NDArray[np.int64]], counts_SK: NDArray[np.int64], seed: int
+    ) -> None:
         self.sequence_ids_by_domain = [np.asarray(ids, dtype=np.int64) for ids in sequence_ids_by_domain]
-        self.counts_SK = plan_domain_counts(weights_K, batch_size, num_steps)
+        self.counts_SK = counts_SK
         self.starts_SK = np.cumsum(self.counts_SK, axis=0) - self.counts_SK
         self.seed = seed
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}

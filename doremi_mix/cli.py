@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from doremi_mix import __version__
-from doremi_mix.errors import DoremiMixError, RunDirectoryError, SchemaError
+from doremi_mix.errors import ConfigError, DoremiMixError, RunDirectoryError, SchemaError
 from doremi_mix.presets import describe_presets
-from doremi_mix.stages import STAGES, Stage, command_of
+from doremi_mix.stages import STAGES, Stage, command_of, stage_named
 
 if TYPE_CHECKING:
     from doremi_mix.pipeline import OpenRun
+    from doremi_mix.run import RunDirectory
 
 app = typer.Typer(
     name="doremi-mix",
@@ -34,6 +35,8 @@ RunDir = Annotated[Path, typer.Option("--run-dir", help="the folder that keeps e
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="a YAML file; see doremi-mix init")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting, e.g. proxy.steps=200")]
 Budget = Annotated[int | None, typer.Option("--token-budget", help="draw a mixture of so many tokens")]
+Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="proxies to train; the weights are their mean")]
+Compare = Annotated[bool, typer.Option("--compare", help="also compare the learned mixture with plain ones")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check all inputs, print plan and estimate, write nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
 
@@ -71,6 +74,8 @@ def learn(
     paths: Paths,
     run_dir: RunDir,
     token_budget: Budget = None,
+    seeds: Seeds = None,
+    compare: Compare = False,
     config: ConfigOption = None,
     set_: Sets = None,
     dry_run: DryRun = False,
@@ -87,6 +92,7 @@ def learn(
         base = load_config_file(config) if config else {}
         base.pop("catalog", None)  # the files on the command line take the place of the config's
         given = settings_from({**base, **given_sources(paths, base)}, set_ or (), token_budget)
+        given = _with_options(given, seeds, compare=compare)
         _run_all(given, run_dir, where=str(config or "settings"), dry_run=dry_run, as_json=as_json)
 
 
@@ -95,6 +101,8 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file; see doremi-mix init")],
     run_dir: RunDir,
     token_budget: Budget = None,
+    seeds: Seeds = None,
+    compare: Compare = False,
     set_: Sets = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
@@ -105,6 +113,7 @@ def run(
 
     with _errors_in_one_line():
         given = settings_from(load_config_file(config), set_ or (), token_budget)
+        given = _with_options(given, seeds, compare=compare)
         _run_all(given, run_dir, where=str(config), dry_run=dry_run, as_json=as_json)
 
 
@@ -184,37 +193,89 @@ def demo(run_dir: RunDir = Path("runs/demo"), as_json: AsJson = False) -> None:
                     _print_planted(opened.run)
 
 
+@app.command()
+def compare(
+    run_dir: RunDir,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="NAME=WEIGHTS_JSON", help="enter another mixture: a domain_weights.json"),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="models to train for each mixture")] = None,
+    config: ConfigOption = None,
+    set_: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trains small models on the learned mixture and on plain ones, and says whether it helps."""
+    with _errors_in_one_line():
+        entered = {}
+        for entry in also or ():
+            name, equals, path = entry.partition("=")
+            if not (name and equals and path):
+                raise ConfigError(f"--also {entry}: expected NAME=WEIGHTS_JSON, for example --also mine=weights.json")
+            entered[name] = str(Path(path).absolute())
+        over: dict[str, Any] = {"also": entered} if entered else {}
+        if seeds is not None:
+            over["num_seeds"] = seeds
+        with _opened_stage(stage_named("compare"), run_dir, config, set_, over={"compare": over}) as opened:
+            if opened.processes.is_main:
+                _print_comparison(opened.run, as_json=as_json)
+
+
 def _stage_command(stage: Stage) -> Callable[..., None]:
     def command(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None) -> None:
-        from doremi_mix.config_file import load_config_file, merge
-        from doremi_mix.pipeline import open_run, settings_from
-        from doremi_mix.run import RunDirectory
-        from doremi_mix.stages import run_stage
-
-        with _errors_in_one_line():
-            if config is None:
-                base = RunDirectory(run_dir).describe()["given"]
-            else:
-                directory = RunDirectory(run_dir)
-                base = load_config_file(config)
-                base = merge(directory.describe()["given"], base) if directory.exists() else base
-            given = settings_from(base, set_ or ())
-            needs_sources = stage.name == "load"
-            with open_run(run_dir, given, where=str(config or "settings"), needs_sources=needs_sources) as opened:
-                run_stage(stage, opened.config, opened.run, opened.narrator, opened.processes)
+        with _errors_in_one_line(), _opened_stage(stage, run_dir, config, set_):
+            pass
 
     command.__doc__ = f"Stage {stage.name}: {stage.summary}."
     return command
 
 
+@contextlib.contextmanager
+def _opened_stage(
+    stage: Stage,
+    run_dir: Path,
+    config: Path | None,
+    set_: list[str] | None,
+    over: dict[str, Any] | None = None,
+) -> Iterator[OpenRun]:
+    """Brings one stage up to date with the run's settings, those of a config file, and those of the command line."""
+    from doremi_mix.config_file import load_config_file, merge
+    from doremi_mix.pipeline import open_run, settings_from
+    from doremi_mix.run import RunDirectory
+    from doremi_mix.stages import run_alone
+
+    directory = RunDirectory(run_dir)
+    if config is None:
+        base = directory.describe()["given"]
+    else:
+        base = load_config_file(config)
+        base = merge(directory.describe()["given"], base) if directory.exists() else base
+    given = settings_from(merge(base, over or {}), set_ or ())
+    needs_sources = stage.name == "load"
+    with open_run(run_dir, given, where=str(config or "settings"), needs_sources=needs_sources) as opened:
+        run_alone(stage, opened.config, opened.run, opened.narrator, opened.processes)
+        yield opened
+
+
 for _stage in STAGES:
-    app.command(command_of(_stage.name))(_stage_command(_stage))
+    if _stage.name != "compare":
+        app.command(command_of(_stage.name))(_stage_command(_stage))
+
+
+def _with_options(given: dict[str, Any], seeds: int | None, *, compare: bool) -> dict[str, Any]:
+    """Returns settings with the options of learn and run on top."""
+    from doremi_mix.config_file import merge
+
+    if seeds is not None:
+        given = merge(given, {"weights": {"num_seeds": seeds}})
+    return merge(given, {"compare": {"in_run": True}}) if compare else given
 
 
 def _run_all(given: dict[str, Any], run_dir: Path, *, where: str, dry_run: bool, as_json: bool) -> None:
-    from doremi_mix.pipeline import announce, open_run
+    from doremi_mix.pipeline import announce, learned_for_budget, open_run
     from doremi_mix.stages import run_pipeline
 
+    given = learned_for_budget(given)
     if dry_run:
         _dry_run(given, run_dir, where, as_json=as_json)
         return
@@ -258,7 +319,7 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     from rich.console import Console
 
     from doremi_mix.report.table import explain_shortfalls, render_table
-    from doremi_mix.summary import next_commands, summarize
+    from doremi_mix.summary import describe_certainty, next_commands, summarize
 
     summary = summarize(opened.config, opened.run)
     if as_json:
@@ -276,11 +337,8 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
         shown = ", ".join(f"{stage} {loss:.3f}" for stage, loss in losses.items())
         print(f"held-out loss, average over domains: {shown} nats per token")
     print("(the proxy's own loss does not judge the mixture: reweighting is not resampling)")
-    largest = summary["largest_update"]
-    print(
-        f"one run is one draw: on its way, a single update gave {largest['domain']} {largest['domain_weight']:.2f} "
-        f"(update {largest['step']}); see trajectory.png"
-    )
+    for line in describe_certainty(summary):
+        print(line)
     for label, path in (("weights", summary["domain_weights"]), ("mixture", summary["mixture"])):
         if path is not None:
             print(f"{label}: {path}")
@@ -288,8 +346,28 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
         print(f"tokens:  {summary['tokens']['drawn_tokens']:,} drawn of {summary['tokens']['token_budget']:,}")
     print(f"pictures: {'  '.join(summary['pictures'])}")
     print("next:")
-    for command in next_commands(summary, opened.config.proxy.seed):
+    for command in next_commands(summary):
         print(f"  {command}")
+
+
+def _print_comparison(directory: RunDirectory, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from doremi_mix.report.table import render_comparison
+    from doremi_mix.run import read_json
+
+    folder = directory.stage_path("compare")
+    results = read_json(folder / "results.json")
+    if as_json:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has room
+    console.print()
+    console.print(render_comparison(results))
+    print(f"verdict: {results['verdict']}")
+    print(f"results: {folder / 'results.json'}  picture: {folder / 'comparison.png'}")
 
 
 def _print_planted(directory: Any) -> None:

@@ -113,6 +113,11 @@ class TrainingConfig(Section):
         default=None, description="sequences in a step, over all processes; null: two per domain or more"
     )
     learning_rate: PositiveFloat | None = Field(default=None, description="peak, AdamW; null: by the model")
+    embedding_learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="peak for token embeddings and output head; null: ten times learning_rate where the weights start "
+        "fresh, else the same",
+    )
     warmup_share: Share = Field(
         default=0.05, description="share of the steps in which the learning rate rises; then cosine to 10 %"
     )
@@ -165,6 +170,11 @@ class ReferenceConfig(TrainingConfig):
         default="natural",
         description="natural (each domain's share of the available tokens), uniform, or {domain: weight}",
     )
+    folds: PositiveInt | None = Field(
+        default=None,
+        description="references, each of which scores the part of every domain that it was not trained on; 1: one, "
+        "which may have seen what it scores; null: 2 where one would pass over a domain more than once, else 1",
+    )
 
     @field_validator("weights", mode="before")
     @classmethod
@@ -178,15 +188,84 @@ class ProxyConfig(TrainingConfig):
     """Stage proxy: group DRO.  Settings that are null are those of the reference model."""
 
     method: Literal["doremi"] = Field(default="doremi", description="doremi: Algorithm 1 of the DoReMi paper")
+    token_budget: PositiveInt | None = Field(
+        default=None,
+        description="learn for this budget: no domain gets more weight than mixture.max_epochs passes over it fill; "
+        "null: mixture.token_budget, where learn or run is given one",
+    )
     step_size: PositiveFloat = Field(default=1.0, description="eta, the learning rate of the domain weights")
     smoothing: Share = Field(
         default=1e-3, description="c, the share of the weights given back to uniform at each update"
     )
 
 
+class WeightsConfig(Section):
+    """Stage weights: how many draws, in how many rounds, and how far the result is pulled toward a plain mixture."""
+
+    num_seeds: PositiveInt = Field(
+        default=1,
+        json_schema_extra=_NO_RESULT,
+        description="proxies, each with another initialization and order of the data; the weights are their mean",
+    )
+    vary_reference: bool = Field(
+        default=False, json_schema_extra=_NO_RESULT, description="train a reference of its own for each seed, too"
+    )
+    max_rounds: PositiveInt = Field(
+        default=1,
+        json_schema_extra=_NO_RESULT,
+        description="iterated DoReMi: each round's reference is trained on the weights of the round before",
+    )
+    round_tolerance: PositiveFloat = Field(
+        default=1e-3,
+        json_schema_extra=_NO_RESULT,
+        description="stop the rounds when no weight differs by more from the reference weights (the paper's rule)",
+    )
+    shrink: Share | Literal["evidence"] = Field(
+        default=0.0,
+        description="pull toward shrink_toward: 0 not at all, 1 entirely, evidence: by the spread over seeds",
+    )
+    shrink_toward: Literal["uniform", "natural"] = Field(default="natural", description="the plain mixture to pull to")
+    shrink_kind: Literal["linear", "kl"] = Field(
+        default="linear", description="linear: an arithmetic mean; kl: a geometric one"
+    )
+
+
+class CompareConfig(TrainingConfig):
+    """Stage compare: fresh small models on the learned mixture and on plain ones.
+
+    Settings that are null are those of the proxy model.
+    """
+
+    in_run: bool = Field(
+        default=False,
+        json_schema_extra=_NO_RESULT,
+        description="compare as a part of learn and run, before the mixture",
+    )
+    num_seeds: PositiveInt = Field(default=3, description="models per mixture; the same seeds for every mixture")
+    token_budget: PositiveInt | None = Field(
+        default=None,
+        description="tokens that each model is trained on; null: mixture.token_budget, at most what the proxy is "
+        "trained on. Where it is smaller than the mixture's, domains are cut in proportion, so that each is repeated "
+        "as often as in the mixture",
+    )
+    temperature: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="the temperature mixture: natural weights to this power, normalized"
+    )
+    also: dict[str, str] = Field(
+        default_factory=dict, description="more mixtures to enter, {name: domain_weights.json}"
+    )
+
+
+MIXTURE_WORDS = ("learned", "natural", "uniform", "temperature", "best")
+
+
 class MixtureConfig(Section):
     """Stage mixture: draw the training set."""
 
+    weights: str = Field(
+        default="learned",
+        description="learned, natural, uniform, temperature, best (of what compare found), or a domain_weights.json",
+    )
     token_budget: PositiveInt | None = Field(
         default=None, description="tokens to draw, after the template; null: no mixture is drawn"
     )
@@ -221,6 +300,8 @@ class Config(Section):
     tokenize: TokenizeConfig = TokenizeConfig()
     reference: ReferenceConfig = ReferenceConfig()
     proxy: ProxyConfig = ProxyConfig()
+    weights: WeightsConfig = WeightsConfig()
+    compare: CompareConfig = CompareConfig()
     mixture: MixtureConfig = MixtureConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from doremi_mix.shrinkage import project_onto_caps
+
 
 class GroupDROState(NamedTuple):
     """What is carried from step to step; goes in and comes out, nothing is hidden elsewhere.
@@ -140,7 +142,12 @@ def domain_sums(
 
 @torch.no_grad()
 def step_domain_weights(
-    state: GroupDROState, sums: DomainSums, *, step_size: float = 1.0, smoothing: float = 1e-3
+    state: GroupDROState,
+    sums: DomainSums,
+    *,
+    step_size: float = 1.0,
+    smoothing: float = 1e-3,
+    max_weights_K: Tensor | None = None,
 ) -> tuple[GroupDROState, Tensor]:
     """Takes one exponentiated-gradient step from the sums of a whole effective batch.
 
@@ -149,6 +156,8 @@ def step_domain_weights(
         sums: per-domain sums over **all** micro-batches and processes of step t.
         step_size: eta.
         smoothing: c, the share of the weights given back to uniform.
+        max_weights_K: caps that the weights are projected under after each step (see ``shrinkage``); they sum to 1 or
+            more.  The paper has none.
 
     Returns:
         The state after step t and the excess loss lambda_t, shape [K], in nats per token.  A domain without a token in
@@ -159,6 +168,8 @@ def step_domain_weights(
     # Log space: exp(1000) overflows, log_softmax does not.  A weight is 0 only when smoothing is 0, and then stays 0.
     log_weights_K = torch.log_softmax(state.weights_K.log() + step_size * excess_K, dim=0)
     weights_K = (1 - smoothing) * log_weights_K.exp() + smoothing / num_domains
+    if max_weights_K is not None:
+        weights_K = project_onto_caps(weights_K, max_weights_K)
     return GroupDROState(weights_K, state.weight_sum_K + weights_K, state.num_updates + 1), excess_K
 
 

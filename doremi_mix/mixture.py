@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -45,6 +45,39 @@ def natural_weights(available_tokens: Mapping[str, int]) -> dict[str, float]:
             "check the sources and the filters"
         )
     return {name: count / total for name, count in counts.items()}
+
+
+def uniform_weights(names: Iterable[str]) -> dict[str, float]:
+    """Returns the same share for every domain.
+
+    Example:
+        >>> uniform_weights(["dolly", "gsm8k"])
+        {'dolly': 0.5, 'gsm8k': 0.5}
+    """
+    names = tuple(names)
+    return dict.fromkeys(names, 1 / len(names))
+
+
+def temperature_weights(available_tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Returns natural weights raised to a power and normalized: 1 is natural, toward 0 it becomes uniform.
+
+    Args:
+        available_tokens: tokens that one pass over each domain gives, by domain.
+        temperature: the power, in (0, 1]; a domain without tokens has weight 0.
+
+    Returns:
+        Shares by domain, in the same order; they sum to 1.
+
+    Raises:
+        DataError: as ``natural_weights``.
+
+    Example:
+        >>> temperature_weights({"dolly": 900, "gsm8k": 100}, 0.5)
+        {'dolly': 0.75, 'gsm8k': 0.25}
+    """
+    raised = {name: share**temperature for name, share in natural_weights(available_tokens).items()}
+    total = math.fsum(raised.values())
+    return {name: share / total for name, share in raised.items()}
 
 
 def allocate(

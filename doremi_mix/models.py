@@ -237,6 +237,12 @@ def num_parameters(model: nn.Module) -> int:
     )
 
 
+def embedding_parameters(model: TokenLossModel) -> set[int]:
+    """Returns the ids of the parameters that are indexed by a token: the embeddings and the output head."""
+    layers = (model.model.get_input_embeddings(), model.model.get_output_embeddings())
+    return {id(parameter) for layer in layers if layer is not None for parameter in layer.parameters()}
+
+
 def blocks(model: TokenLossModel) -> list[nn.Module]:
     """Returns the blocks that a model repeats, in order; empty if it is not made of such."""
     from transformers.modeling_layers import GradientCheckpointingLayer

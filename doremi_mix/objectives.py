@@ -101,10 +101,13 @@ class GroupDROObjective:
 
     has_trajectory = True
 
-    def __init__(self, domains: Domains, *, step_size: float, smoothing: float) -> None:
+    def __init__(
+        self, domains: Domains, *, step_size: float, smoothing: float, max_weights_K: Tensor | None = None
+    ) -> None:
         self.domains = domains
         self.step_size = step_size
         self.smoothing = smoothing
+        self.max_weights_K = max_weights_K
         self.dro = init_group_dro(len(domains))
 
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
@@ -128,7 +131,11 @@ class GroupDROObjective:
         dro = GroupDROState(
             self.dro.weights_K.to(local.device), self.dro.weight_sum_K.to(local.device), self.dro.num_updates
         )
-        self.dro, _ = step_domain_weights(dro, sums, step_size=self.step_size, smoothing=self.smoothing)
+        if self.max_weights_K is not None:
+            self.max_weights_K = self.max_weights_K.to(local.device)
+        self.dro, _ = step_domain_weights(
+            dro, sums, step_size=self.step_size, smoothing=self.smoothing, max_weights_K=self.max_weights_K
+        )
         for (batch, sync), known_loss in zip(_with_sync(model, batches, accelerator), losses, strict=True):
             with sync:
                 loss_BT = known_loss if len(batches) == 1 else forward(model, batch)

@@ -76,7 +76,8 @@ def learn(
     given = merge(given_sources([Path(path) for path in paths]), settings)
     if token_budget is not None:
         given = merge(given, {"mixture": {"token_budget": token_budget}})
-    with open_run(Path(run_dir), anchor_paths(given, Path.cwd()), quiet=quiet) as opened:
+    given = learned_for_budget(anchor_paths(given, Path.cwd()))
+    with open_run(Path(run_dir), given, quiet=quiet) as opened:
         announce(opened)
         run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
         return read_weights(opened.run)
@@ -114,6 +115,18 @@ def settings_from(
     if token_budget is not None:
         data = merge(data, {"mixture": {"token_budget": token_budget}})
     return data
+
+
+def learned_for_budget(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a whole run: what its mixture may use of a domain bounds what the proxy may learn.
+
+    Only learn and run do this.  Drawing a mixture of another size later leaves the weights as they are.
+    """
+    mixture, proxy = given.get("mixture"), given.get("proxy")
+    budget = mixture.get("token_budget") if isinstance(mixture, Mapping) else None
+    if budget is None or (isinstance(proxy, Mapping) and "token_budget" in proxy):
+        return dict(given)
+    return merge(given, {"proxy": {"token_budget": budget}})
 
 
 def resolve(given: Mapping[str, Any], run: RunDirectory, where: str = "config") -> tuple[Config, str]:
@@ -233,11 +246,15 @@ def describe_plan(config: Config, hardware: str) -> list[str]:
     cost = estimate(config, tokens)
     size = f" ({cost.num_parameters / 1e6:.1f} M parameters)" if cost.num_parameters else ""
     parts = accumulation(proxy, tokenize.context_length, 1)
+    if reference.folds is None:
+        times = " (twice, if it passes over a domain more than once)"
+    else:
+        times = f" ({reference.folds} times)" if reference.folds > 1 else ""
     lines = [
         f"plan: {len(names)} domains on {hardware} ({os.cpu_count()} cores)",
         f"  model {proxy.model}{size}, sequences of {tokenize.context_length} tokens, vocabulary {tokens.vocab_size:,}",
-        f"  reference {reference.steps} steps of {reference.batch_size} sequences, then proxy {proxy.steps} steps of "
-        f"{proxy.batch_size}" + (f" in {parts} micro-batches" if parts > 1 else ""),
+        f"  reference {reference.steps} steps of {reference.batch_size} sequences{times}, then proxy {proxy.steps} "
+        f"steps of {proxy.batch_size}" + (f" in {parts} micro-batches" if parts > 1 else ""),
     ]
     if cost.seconds:
         shares = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in cost.seconds.items())

@@ -27,8 +27,13 @@ CPU_STEPS = 400
 CUDA_STEPS = 2_000
 CUDA_BATCH_SIZE = 64
 CPU_BATCH_SIZE = 24
+CUDA_COMPARE_BATCH_SIZE = 32
+CPU_COMPARE_BATCH_SIZE = 8
 CHECKPOINT_LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4
+EMBEDDING_FACTOR = 10
+"""Fresh embeddings must grow far from their small start before a model can learn more than how common each token is; at
+the rate of the other matrices that takes most of a short training."""
 MICRO_BATCH_TOKENS = 65_536
 """Tokens in one forward pass at most."""
 UNKNOWN_MODEL_TOKENS = 16_384
@@ -101,9 +106,13 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
         same_rate = like.learning_rate if same_model and own_rank == like.lora_rank else None
         own_batch = section.batch_size or like.batch_size or batch_size
         own_steps = section.steps or like.steps or steps
+        own_rate = section.learning_rate or same_rate or rate(own_model, own_rank)
         return {
             "model": own_model,
-            "learning_rate": section.learning_rate or same_rate or rate(own_model, own_rank),
+            "learning_rate": own_rate,
+            "embedding_learning_rate": section.embedding_learning_rate
+            or (like.embedding_learning_rate if same_rate == own_rate else None)
+            or _embedding_factor(own_model) * own_rate,
             "lora_rank": own_rank,
             "lora_alpha": section.lora_alpha or adapters.lora_alpha,
             "lora_target_modules": section.lora_target_modules or adapters.lora_target_modules,
@@ -120,13 +129,28 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
     # A model that the reference has from the proxy comes with its adapters.
     donor = config.proxy if reference.model is None and config.proxy.model is not None else reference
     new_reference = reference.model_copy(update=filled(reference, reference, donor))
+    new_proxy = config.proxy.model_copy(update=filled(config.proxy, new_reference, new_reference))
+    compare = config.compare
+    # Plain training needs no batch that holds every domain, and small batches make more of few tokens.
+    own_batch = {"batch_size": compare.batch_size or (CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE)}
+    assert new_proxy.steps and new_proxy.batch_size and tokenize.context_length
+    most = new_proxy.steps * new_proxy.batch_size * tokenize.context_length
+    own_budget = {"token_budget": compare.token_budget or min(config.mixture.token_budget or most, most)}
     return config.model_copy(
         update={
             "tokenize": tokenize,
             "reference": new_reference,
-            "proxy": config.proxy.model_copy(update=filled(config.proxy, new_reference, new_reference)),
+            "proxy": new_proxy,
+            "compare": compare.model_copy(update=filled(compare, new_proxy, new_proxy) | own_batch | own_budget),
         }
     )
+
+
+def _embedding_factor(model: str) -> float:
+    """Returns how much faster the embeddings learn than the other matrices; trained ones need no haste."""
+    if model in PRESETS:
+        return PRESETS[model].embedding_factor
+    return EMBEDDING_FACTOR if is_config_only(model) else 1.0
 
 
 def _first(*values: bool | None) -> bool | None:
@@ -237,8 +261,10 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
     reference, proxy = config.reference, config.proxy
     context_length = config.tokenize.context_length
     assert context_length and reference.steps and reference.batch_size and proxy.steps and proxy.batch_size
+    # Whether folds are needed where their number is not given, only the tokenized data will tell.
+    num_references = reference.folds or 1
     amounts = {
-        "reference": reference.steps * reference.batch_size * context_length,
+        "reference": num_references * reference.steps * reference.batch_size * context_length,
         "reference_losses": proxy.steps * proxy.batch_size * context_length,
         "proxy": proxy.steps * proxy.batch_size * context_length,
     }
@@ -250,7 +276,7 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
         return Estimate({}, sizes[1] or 0, amounts)
     of_reference, of_proxy = steps
     seconds = {
-        "reference": of_reference.train_seconds * reference.steps,
+        "reference": of_reference.train_seconds * reference.steps * num_references,
         "reference_losses": of_reference.score_seconds * proxy.steps * proxy.batch_size / reference.batch_size,
         # With micro-batches, a first pass without gradient finds the weights.
         "proxy": (of_proxy.train_seconds + (of_proxy.score_seconds if of_proxy.parts > 1 else 0)) * proxy.steps,

@@ -18,6 +18,7 @@ class Preset:
         vocab_size: of the byte-level BPE that is trained when no tokenizer is given.
         context_length: tokens in a packed sequence.
         learning_rate: peak, AdamW.
+        embedding_factor: how much faster the embeddings learn.
     """
 
     num_layers: int
@@ -27,6 +28,7 @@ class Preset:
     vocab_size: int
     context_length: int
     learning_rate: float
+    embedding_factor: float = 10.0
 
     def num_parameters(self, vocab_size: int | None = None) -> int:
         """Counts the parameters for a vocabulary (by default the preset's own)."""
@@ -35,7 +37,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "tiny": Preset(3, 96, 3, 256, 4096, 256, 3e-3),
+    "tiny": Preset(3, 96, 3, 256, 4096, 256, 3e-3, 20.0),
     "small": Preset(6, 256, 4, 688, 16_384, 512, 1e-3),
     "120m": Preset(12, 768, 12, 2048, 32_768, 1024, 6e-4),
     "280m": Preset(20, 1024, 16, 2736, 32_768, 1024, 4e-4),

@@ -69,8 +69,17 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 class RunDirectory:
     """One run: its configuration and the folders of its stages.  Creating the object touches no file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, places: Mapping[str, str] | None = None) -> None:
         self.path = path
+        self._places = dict(places or {})
+
+    def with_places(self, places: Mapping[str, str]) -> RunDirectory:
+        """Returns the same run seen by a part of it that keeps some stages in folders of its own.
+
+        Args:
+            places: by stage, the folder (relative to the run) that holds the stage's folder.
+        """
+        return RunDirectory(self.path, places)
 
     def exists(self) -> bool:
         """Says whether a run was started here.
@@ -132,7 +141,7 @@ class RunDirectory:
 
     def stage_path(self, stage: str) -> Path:
         """Returns the folder of a stage."""
-        return self.path / stage
+        return self.path / self._places.get(stage, "") / stage
 
     def work_path(self, stage: str, *, resumable: bool) -> Path:
         """Returns the folder in which a stage's files come into being."""

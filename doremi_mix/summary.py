@@ -24,7 +24,8 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     Returns:
         ``run_dir``, ``domain_weights`` (the file), ``pictures``, ``mixture`` (the file or None), ``tokens`` (budget and
         drawn, or None), ``held_out_loss`` (average of reference and proxy), ``largest_update`` (the largest weight that
-        a single update gave) and ``domains`` (rows of the table).
+        a single update gave), ``num_seeds``, ``rank_stability``, ``rounds`` (change of the weights in each),
+        ``diagnoses``, ``verdict`` (of compare; empty before) and ``domains`` (rows of the table).
     """
     store = open_store(run)
     names = store.domains.names
@@ -37,8 +38,16 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     path = read_columns(run.stage_path("proxy") / "trajectory.jsonl", names, ["domain_weights", "excess_loss"])
     # The mean over the updates, as the weights are.
     excess = dict(zip(names, path["excess_loss"].mean(axis=0).tolist(), strict=True))
-    learned = dict(read_weights(run).domain_weights)
-    rows = make_rows(natural_weights(available), learned, excess, available, allocation)
+    product = read_weights(run)
+    rows = make_rows(
+        natural_weights(available),
+        dict(product.domain_weights),
+        excess,
+        available,
+        allocation,
+        intervals=product.intervals or None,
+        standard_deviation=product.uncertainty.get("standard_deviation") or None,
+    )
     return {
         "run_dir": str(run.path),
         "domain_weights": str(weights / WEIGHTS_FILE),
@@ -49,6 +58,11 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
             stage: read_json(run.stage_path(stage) / "metrics.json")["held_out_loss_average"]
             for stage in ("reference", "proxy")
         },
+        "num_seeds": product.uncertainty.get("num_seeds", 1),
+        "rank_stability": product.uncertainty.get("rank_stability"),
+        "rounds": product.uncertainty.get("rounds", []),
+        "diagnoses": list(product.diagnoses),
+        "verdict": dict(product.verdict),
         "largest_update": _largest_update(path["domain_weights"], names),
         "domains": rows,
     }
@@ -61,7 +75,32 @@ def _largest_update(weights_TK: NDArray[np.float64], names: Sequence[str]) -> di
     return {"domain": names[int(domain_id)], "step": int(update) + 1, "domain_weight": weight}
 
 
-def next_commands(summary: dict[str, Any], proxy_seed: int) -> list[str]:
+def describe_certainty(summary: dict[str, Any]) -> list[str]:
+    """Says how sure the weights are and whether they help, as far as that is known."""
+    lines = []
+    changes = summary["rounds"]
+    if len(changes) > 1:
+        shown = ", ".join(f"{change:.4f}" for change in changes)
+        lines.append(f"rounds: the largest change of a weight against the round before was {shown}")
+    if summary["num_seeds"] > 1:
+        tau = summary["rank_stability"]
+        ranks = "" if tau is None else f"; seeds rank the domains alike by Kendall tau {tau:.2f}"
+        lines.append(
+            f"{summary['num_seeds']} seeds: the weights are their mean, intervals are 95 % of that mean{ranks}"
+        )
+    else:
+        largest = summary["largest_update"]
+        lines.append(
+            f"one run is one draw: on its way, a single update gave {largest['domain']} "
+            f"{largest['domain_weight']:.2f} (update {largest['step']}); see trajectory.png"
+        )
+    lines += [f"diagnosis: {sentence}" for sentence in summary["diagnoses"]]
+    verdict = summary["verdict"]
+    lines.append(f"verdict: {verdict['sentence']}" if verdict else "verdict: not compared with plain mixtures yet")
+    return lines
+
+
+def next_commands(summary: dict[str, Any]) -> list[str]:
     """Returns what to type next, each with a word on why."""
     run_dir = summary["run_dir"]
     if summary["mixture"] is None:
@@ -70,6 +109,10 @@ def next_commands(summary: dict[str, Any], proxy_seed: int) -> list[str]:
         commands = [f"{first}   # draw the training set"]
     else:
         commands = [f"head -n 3 {shlex.quote(summary['mixture'])}   # the training set"]
-    seed = proxy_seed + 1
-    again = f"doremi-mix run {shlex.quote(f'{run_dir}/{CONFIG_FILE}')} --run-dir {shlex.quote(f'{run_dir}-seed{seed}')}"
-    return [*commands, f"{again} --set proxy.seed={seed}   # another draw: what stays?"]
+    run_file = shlex.quote(f"{run_dir}/{CONFIG_FILE}")
+    place = shlex.quote(run_dir)
+    if summary["num_seeds"] == 1:
+        commands.append(f"doremi-mix run {run_file} --run-dir {place} --seeds 3   # how sure are the weights?")
+    if not summary["verdict"]:
+        commands.append(f"doremi-mix compare --run-dir {place}   # do they help?")
+    return commands

@@ -143,7 +143,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, template:
     )
 
 
-def truncate(encoded: EncodedExamples, limit: int) -> EncodedExamples:
+def truncate(encoded: EncodedExamples, limit: int, *, answers_first: bool = False) -> EncodedExamples:
     """Cuts the examples that are longer than ``limit`` tokens; the others stay as they are.
 
     Whole turns are kept from the start for as long as they fit.  When already the first turn does not fit, its p prompt
@@ -153,6 +153,13 @@ def truncate(encoded: EncodedExamples, limit: int) -> EncodedExamples:
         response = floor(limit * r / (p + r))
 
     At least one token of a prompt and one of the response stay.  For a single turn this is the contest's rule.
+
+    Args:
+        encoded: the examples.
+        limit: tokens of an example at most.
+        answers_first: in such a first turn, keep all of the response that fits into half of the limit or into what the
+            prompt leaves, and cut the prompt to the rest.  In proportion, a short context leaves one token of the
+            answer to a question of 2,000: nothing to learn from, and nothing to measure.
 
     Raises:
         ValueError: ``limit`` is below 2, which has no room for a token and its predecessor.
@@ -171,6 +178,10 @@ def truncate(encoded: EncodedExamples, limit: int) -> EncodedExamples:
     first = encoded.turn_offsets[:-1]
     cut = first[totals_R[first] > limit]
     prompts, responses = lengths_R2[cut].T
+    if answers_first:
+        kept_responses = np.minimum(responses, np.maximum(limit // 2, limit - prompts))
+        kept_R2[cut, 0], kept_R2[cut, 1] = np.minimum(prompts, limit - kept_responses), kept_responses
+        return _keep(encoded, kept_R2)
     kept_responses = np.maximum(limit * responses // totals_R[cut], 1)
     kept_prompts = np.minimum(np.maximum(limit * prompts // totals_R[cut], 1), prompts)
     kept_responses = np.minimum(kept_responses, limit - kept_prompts)

@@ -33,7 +33,7 @@ from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import cut_log, load_checkpoint, open_writer, restore_training_state, training_state
 from doremi_mix.engine import EngineSettings, is_sharded, make_accelerator, pinned, prepare, to_device, with_host_facts
 from doremi_mix.errors import ConfigError, DivergedError
-from doremi_mix.models import TokenLossModel
+from doremi_mix.models import TokenLossModel, embedding_parameters
 from doremi_mix.objectives import MicroBatch, Objective, StepRecord
 from doremi_mix.progress import Tracker
 from doremi_mix.store import TokenStore
@@ -55,6 +55,7 @@ class TrainingPlan:
         stage: its name, for messages.
         steps: optimizer steps.
         learning_rate: peak.
+        embedding_learning_rate: peak for the token embeddings and the output head; None for the same.
         warmup_share: share of the steps in which it rises.
         weight_decay: on matrices.
         max_grad_norm: clip.
@@ -72,6 +73,7 @@ class TrainingPlan:
     gradient_accumulation_steps: int
     checkpoint_every: int
     engine: EngineSettings = field(default_factory=EngineSettings)
+    embedding_learning_rate: float | None = None
 
     def learning_rate_at(self, step: int) -> float:
         """Returns the learning rate of a step (from 0): a linear rise, then a cosine down to a tenth."""
@@ -145,7 +147,7 @@ def train(
         interrupted = stack.enter_context(_interrupt_between_steps(accelerator))
         for batches in stack.enter_context(_read_ahead(schedule, read, plan, step, accelerator, model)):
             for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate_at(step)
+                group["lr"] = plan.learning_rate_at(step) * group["lr_factor"]
             logged = objective.backward(prepared, batches, accelerator)
             norm = accelerator.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
             optimizer.step()
@@ -186,13 +188,16 @@ def _checked_batch_size(schedule: Schedule, plan: TrainingPlan, accelerator: Any
     return batch_size
 
 
-def _make_optimizer(model: torch.nn.Module, plan: TrainingPlan) -> torch.optim.AdamW:
+def _make_optimizer(model: TokenLossModel, plan: TrainingPlan) -> torch.optim.AdamW:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": plan.weight_decay},
+    embeddings = embedding_parameters(model)
+    factor = (plan.embedding_learning_rate or plan.learning_rate) / plan.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in embeddings], "lr_factor": factor},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"lr_factor": 1.0, "weight_decay": plan.weight_decay, **group} for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.99), fused=True)
 
 

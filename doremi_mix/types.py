@@ -167,7 +167,11 @@ class DomainWeights:
         settings: the settings that the result depends on, by stage.
         tokenizer: ``name`` and ``sha256`` of the tokenizer that counted the tokens.
         provenance: versions and the sha256 of each input file.
-        intervals: by domain, the 95 % interval over seeds; empty for a single seed.
+        intervals: by domain, the 95 % interval of the mean over seeds; empty for a single seed.
+        uncertainty: ``num_seeds``, ``standard_deviation`` over seeds by domain, ``rank_stability`` (mean Kendall tau
+            between seeds), ``rounds`` (the largest change of a weight in each).
+        diagnoses: what the run's diagnostics found, one sentence each.
+        verdict: what ``doremi-mix compare`` found: ``kind``, ``sentence``, ``best``; empty when it was not run.
     """
 
     domain_weights: Mapping[str, float]
@@ -178,6 +182,9 @@ class DomainWeights:
     tokenizer: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    uncertainty: Mapping[str, Any] = field(default_factory=dict)
+    diagnoses: tuple[str, ...] = ()
+    verdict: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_distribution(self.domain_weights, "domain weights")
@@ -202,6 +209,9 @@ class DomainWeights:
             "settings": dict(self.settings),
             "tokenizer": dict(self.tokenizer),
             "provenance": dict(self.provenance),
+            "uncertainty": dict(self.uncertainty),
+            "diagnoses": list(self.diagnoses),
+            "verdict": dict(self.verdict),
         }
 
     @classmethod
@@ -217,9 +227,10 @@ class DomainWeights:
             raise ValueError(f'"format" must be "{WEIGHTS_FORMAT}", got {data.get("format")!r}')
         if data.get("version") != WEIGHTS_VERSION:
             raise ValueError(f'"version" must be {WEIGHTS_VERSION}, got {data.get("version")!r}')
-        objects = ("domain_weights", "reference_weights", "shares", "settings", "tokenizer", "provenance", "intervals")
-        for key in objects:
-            if not isinstance(data.get(key, {} if key in objects[2:] else None), Mapping):
+        required = ("domain_weights", "reference_weights")
+        optional = ("shares", "settings", "tokenizer", "provenance", "intervals", "uncertainty", "verdict")
+        for key in (*required, *optional):
+            if not isinstance(data.get(key, {} if key in optional else None), Mapping):
                 raise ValueError(f'"{key}" must be an object, got {data.get(key)!r}')
         for unit, shares in data.get("shares", {}).items():
             if not isinstance(shares, Mapping):
@@ -233,4 +244,7 @@ class DomainWeights:
             tokenizer=dict(data.get("tokenizer", {})),
             provenance=dict(data.get("provenance", {})),
             intervals={name: (low, high) for name, (low, high) in data.get("intervals", {}).items()},
+            uncertainty=dict(data.get("uncertainty", {})),
+            diagnoses=tuple(data.get("diagnoses", ())),
+            verdict=dict(data.get("verdict", {})),
         )

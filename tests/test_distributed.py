@@ -20,7 +20,7 @@ def settings(model_config):
     return {
         "tokenize": {"vocab_size": 400, "context_length": 64},
         # A batch of seven does not divide by two.
-        "reference": {"model": str(model_config), "steps": STEPS, "batch_size": 7, "learning_rate": 0.003},
+        "reference": {"model": str(model_config), "steps": STEPS, "batch_size": 7, "learning_rate": 0.003, "folds": 1},
     }
 
 

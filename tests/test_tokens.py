@@ -203,6 +203,23 @@ def test_known_cuts():
     assert [count_tokens([case], CHARACTERS, BARE, None).item() for case, _, _ in cases] == [12, 102, 101, 37, 18, 23]
 
 
+def test_answers_are_kept_before_prompts():
+    cases = [
+        (example("q" * 12, "aaa"), 8, "qqqqaaa$"),  # the whole answer, and what is left for the prompt
+        (example("q" * 12, "a" * 12), 8, "qqqqaaaa"),  # both too long: half each
+        (example("q", "a" * 12), 8, "q>aaaaaa"),  # a short prompt leaves its room
+        (example("q3", "a3", history=(("q", "a"), ("q2", "a2"))), 12, "q>a$|q2>a2$"),
+        (example(None, "text" * 9), 5, "textt"),
+        (example("q", "a"), 2, ">a"),
+    ]
+    for case, limit, expected in cases:
+        cut = truncate(encode_examples([case], CHARACTERS, BARE), limit, answers_first=True)
+        if expected != ">a":
+            assert written(cut)[0][0] == expected
+        assert cut.lengths.max() <= limit
+        assert cut.loss_mask.sum() >= 1
+
+
 def test_cutting_twice_and_keeping_turns_consistent():
     examples = [example("q3", "a3", history=(("q", "a"), ("q2", "a2"))), example("q" * 9, "a" * 9)]
     once = truncate(encode_examples(examples, CHARACTERS, BARE), 12)

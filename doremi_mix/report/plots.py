@@ -1,20 +1,19 @@
 """Two pictures of a run: the weights that were learned, and the path by which they were.
 
-matplotlib is imported inside the functions, and only its object interface is used: no global figure, backend or style
-is touched.  The bytes of a picture depend on its arguments and the installed fonts alone.
-
 Axes: K domains, T updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from doremi_mix.report import drawing
+from doremi_mix.report.drawing import FAINT_INK, GRID, INK, LEARNED, PNG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-INK = "#22272e"
-FAINT_INK = "#6e7781"
-GRID = "#e6e8eb"
-LEARNED = "#2b7bba"
 # Told from the bar by shape, and by lightness in gray.
 NATURAL_MARKER: dict[str, Any] = {
     "marker": "D",
@@ -35,26 +30,9 @@ NATURAL_MARKER: dict[str, Any] = {
     "markeredgewidth": 0.8,
     "linestyle": "none",
 }
-# No software version among the metadata, so that the same data give the same bytes.
-PNG: dict[str, Any] = {"format": "png", "metadata": {"Software": None}}
 # Told apart under the common color vision deficiencies; every second line is dashed besides.
 LINE_COLORS = ("#0072b2", "#d55e00", "#007a5a", "#a6357a", "#111827", "#3a9bd9", "#8c6d1f", "#7a7fd1")
 LINE_STYLES = ("-", (0, (5, 1.5)))
-# Tried in this order for names that the default font cannot draw.
-CJK_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "Source Han Sans CN",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "SimHei",
-    "Arial Unicode MS",
-    "Droid Sans Fallback",
-)
 
 
 def plot_weights(
@@ -63,11 +41,13 @@ def plot_weights(
     natural: npt.ArrayLike,
     learned: npt.ArrayLike,
     uniform: float | None = None,
+    intervals: Sequence[tuple[float, float]] | None = None,
 ) -> None:
     """Draws the learned weight of each domain beside its natural and its uniform share.
 
     One row per domain, the largest learned weight on top.  The bar is the learned weight, the diamond the natural
-    share, the dashed line the uniform share: told apart by shape, so that no color is needed.
+    share, the dashed line the uniform share: told apart by shape, so that no color is needed.  Intervals are thin bars
+    with caps at the foot of the learned bar, where no diamond can be taken for their middle.
 
     Args:
         path: the PNG file to write; its folder must exist.
@@ -75,35 +55,48 @@ def plot_weights(
         natural: share of the available tokens of each domain, shape [K].
         learned: learned share of tokens of each domain, shape [K].
         uniform: the uniform share; 1/K when not given.
+        intervals: 95 % interval of the mean over seeds of each learned share (low, high), length K; None for one seed.
 
     Raises:
-        ValueError: the lengths disagree, there is no domain, or a share is not a finite number of at least 0.
+        ValueError: the lengths disagree, there is no domain, a share is not a finite number of at least 0, or the low
+            end of an interval lies above its high end.
     """
     natural_K, learned_K = (
         _shares("natural shares", natural, len(domains)),
         _shares("learned shares", learned, len(domains)),
     )
-    num_domains = len(domains)
-    uniform = 1 / num_domains if uniform is None else uniform
-    labels, font, footnote = _labels(domains)
-    with _style(font):
-        _draw_weights(labels, natural_K, learned_K, uniform, footnote).savefig(path, **PNG)
+    bounds_2K = None if intervals is None else _bounds(intervals, len(domains))
+    uniform = 1 / len(domains) if uniform is None else uniform
+    labels, font, footnote = drawing.choose_labels(domains)
+    with drawing.own_style(font):
+        _draw_weights(labels, natural_K, learned_K, uniform, bounds_2K, footnote).savefig(path, **PNG)
 
 
 def _draw_weights(
-    labels: Sequence[str], natural_K: FloatArray, learned_K: FloatArray, uniform: float, footnote: str
+    labels: Sequence[str],
+    natural_K: FloatArray,
+    learned_K: FloatArray,
+    uniform: float,
+    bounds_2K: FloatArray | None,
+    footnote: str,
 ) -> Figure:
     order = sorted(range(len(labels)), key=lambda i: (-learned_K[i], i))
     row_inches, font_size = (0.29, 9.5) if len(labels) <= 30 else (0.2, 7.5)
-    fig = _figure(9.0, 2.0 + row_inches * len(labels))
-    axes = _axes_in_inches(fig, left=_label_inches(labels, font_size), right=1.6, top=1.4, bottom=0.6)
+    # The interval makes the legend two lines high.
+    top = 1.4 if bounds_2K is None else 1.55
+    fig = drawing.new_figure(9.0, 0.6 + top + row_inches * len(labels))
+    axes = drawing.add_axes(fig, left=drawing.label_inches(labels, font_size), right=1.6, top=top, bottom=0.6)
     rows = np.arange(len(labels))
     axes.barh(rows, learned_K[order], height=0.64, color=LEARNED, label="learned", zorder=2)
     axes.plot(natural_K[order], rows, **NATURAL_MARKER, label="natural (share of the available tokens)", zorder=5)
     axes.axvline(uniform, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"uniform ({uniform:.1%})", zorder=3)
     axes.set_yticks(rows, [labels[i] for i in order], fontsize=font_size, color=INK)
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlim(0, max(float(learned_K.max()), float(natural_K.max()), uniform) * 1.03)
+    largest = max(float(learned_K.max()), float(natural_K.max()), uniform)
+    if bounds_2K is not None:
+        _draw_intervals(axes, bounds_2K[:, order])
+        largest = max(largest, float(bounds_2K.max()))
+    axes.set_xlim(0, largest * 1.03)
     axes.xaxis.set_major_formatter(_percent_axis)
     axes.set_xlabel("share of tokens", color=FAINT_INK)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
@@ -124,9 +117,27 @@ def _draw_weights(
             axes.annotate(
                 _percent(shares_K[i]), (1, row), xycoords=("axes fraction", "data"), fontsize=font_size - 0.5, **at
             )
-    _title(fig, "Domain weights", f"how much of each of the {len(labels)} domains to train on", footnote)
-    _legend(fig, axes)
+    drawing.add_title(fig, "Domain weights", f"how much of each of the {len(labels)} domains to train on", footnote)
+    drawing.add_legend(fig, axes)
     return fig
+
+
+def _draw_intervals(axes: Axes, bounds_2K: FloatArray) -> None:
+    """Draws an interval at the foot of each bar."""
+    low_K, high_K = bounds_2K
+    # By its own middle, as the learned weight need not lie there.
+    axes.errorbar(
+        (low_K + high_K) / 2,
+        np.arange(len(low_K)) + 0.2,
+        xerr=(high_K - low_K) / 2,
+        fmt="none",
+        ecolor=INK,
+        elinewidth=1.1,
+        capsize=2.2,
+        capthick=1.1,
+        label="95 % interval of the mean over seeds",
+        zorder=4,
+    )
 
 
 def plot_trajectory(
@@ -160,8 +171,8 @@ def plot_trajectory(
         )
     for weights_K in weights_TK:
         _shares("domain weights", weights_K, len(names))
-    labels, font, footnote = _labels(names)
-    with _style(font):
+    labels, font, footnote = drawing.choose_labels(names)
+    with drawing.own_style(font):
         _draw_trajectory(labels, steps_T, weights_TK, average_K, footnote).savefig(path, **PNG)
 
 
@@ -173,8 +184,8 @@ def _draw_trajectory(
     order = sorted(range(len(labels)), key=lambda i: (-average_K[i], i))
     named, rest = order[: len(LINE_COLORS)], order[len(LINE_COLORS) :]
     line_labels = [f"{labels[i]}  {_percent(average_K[i])}" for i in named]
-    fig = _figure(9.0, 4.9)
-    axes = _axes_in_inches(fig, left=0.75, right=_label_inches(line_labels, 9) + 0.15, top=0.85, bottom=0.65)
+    fig = drawing.new_figure(9.0, 4.9)
+    axes = drawing.add_axes(fig, left=0.75, right=drawing.label_inches(line_labels, 9) + 0.15, top=0.85, bottom=0.65)
     axes.plot(steps_T, weights_TK[:, rest], color="#b6bdc6", linewidth=0.8, zorder=2)
     for rank, i in reversed(list(enumerate(named))):
         color, style = LINE_COLORS[rank], LINE_STYLES[rank % len(LINE_STYLES)]
@@ -191,7 +202,7 @@ def _draw_trajectory(
     axes.set_ylabel("domain weight", color=FAINT_INK)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     others = f"; gray: the {len(rest)} other domains" if rest else ""
-    _title(
+    drawing.add_title(
         fig,
         "Path of the domain weights",
         f"number: average over the path, the result; dotted: uniform{others}",
@@ -262,93 +273,14 @@ def _shares(what: str, values: npt.ArrayLike, num_domains: int) -> FloatArray:
     return shares_K
 
 
-def _labels(names: Sequence[str]) -> tuple[list[str], str, str]:
-    """Returns what to call each domain, the font that can draw all of it, and a footnote if names were replaced."""
-    from matplotlib import font_manager
-
-    default = "DejaVu Sans"
-    installed = {entry.name: entry.fname for entry in font_manager.fontManager.ttflist}
-    drawn = {ord(character) for name in names for character in name}
-    for font in (default, *CJK_FONTS):
-        if font in installed and drawn <= _glyphs(installed[font]):
-            return [_shorten(name) for name in names], font, ""
-    known = _glyphs(installed[default]) if default in installed else set(range(32, 127))
-    readable = [all(ord(character) in known for character in name) for name in names]
-    labels = [_shorten(name) if ok else f"#{i + 1}" for i, (name, ok) in enumerate(zip(names, readable, strict=True))]
-    return labels, default, "#n: the n-th domain; no installed font has the characters of its name"
-
-
-def _glyphs(font_path: str) -> set[int]:
-    from matplotlib.ft2font import FT2Font
-
-    return set(FT2Font(font_path).get_charmap())
-
-
-def _shorten(name: str, most: int = 34) -> str:
-    # A dollar sign would start a formula.
-    shown = name if len(name) <= most else f"{name[: most - 12]}...{name[-9:]}"
-    return shown.replace("$", r"\$")
-
-
-def _style(font: str) -> AbstractContextManager[None]:
-    """Returns a context in which the user's own matplotlib settings do not show."""
-    from matplotlib import style
-
-    own: dict[str, Any] = {"font.family": [font], "axes.unicode_minus": False, "svg.hashsalt": "doremi_mix"}
-    return cast(AbstractContextManager[None], style.context(["default", own]))
-
-
-def _figure(width_inches: float, height_inches: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(width_inches, height_inches), dpi=160, facecolor="white")
-    FigureCanvasAgg(fig)
-    return fig
-
-
-def _axes_in_inches(fig: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
-    """Returns axes with fixed margins, because a layout engine would make titles wander with the data."""
-    width, height = fig.get_size_inches()
-    axes = fig.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=FAINT_INK, labelsize=8.5, length=0)
-    return axes
-
-
-def _title(fig: Figure, title: str, subtitle: str, footnote: str) -> None:
-    width, height = fig.get_size_inches()
-    fig.text(0.2 / width, 1 - 0.37 / height, title, fontsize=14, fontweight="bold", color=INK)
-    fig.text(0.2 / width, 1 - 0.62 / height, subtitle, fontsize=9, color=FAINT_INK)
-    fig.text(0.2 / width, 0.12 / height, footnote, fontsize=7.5, color=FAINT_INK)
-
-
-def _legend(fig: Figure, axes: Axes) -> None:
-    by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = sorted(by_label)
-    width, height = fig.get_size_inches()
-    fig.legend(
-        [by_label[label] for label in labels],
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(0.14 / width, 1 - 0.7 / height),
-        ncols=3,
-        frameon=False,
-        fontsize=9,
-        labelcolor=INK,
-        columnspacing=2.0,
-        handlelength=1.6,
-    )
-
-
-def _label_inches(labels: Sequence[str], font_size: float) -> float:
-    """Returns the width that the longest label takes, with a margin on its left."""
-    from matplotlib.textpath import TextPath
-
-    return 0.3 + max(TextPath((0, 0), label, size=font_size).get_extents().width for label in labels) / 72
+def _bounds(intervals: Sequence[tuple[float, float]], num_domains: int) -> FloatArray:
+    """Returns the low and the high ends, shape [2, K]."""
+    bounds_2K = np.asarray(intervals, dtype=np.float64).reshape(-1, 2).T
+    for what, bounds_K in zip(("low ends of intervals", "high ends of intervals"), bounds_2K, strict=True):
+        _shares(what, bounds_K, num_domains)
+    if (bounds_2K[0] > bounds_2K[1]).any():
+        raise ValueError(f"the low end of an interval must not lie above its high end, got {bounds_2K.T.tolist()}")
+    return bounds_2K
 
 
 def _percent(share: float) -> str:

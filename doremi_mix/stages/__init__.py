@@ -11,29 +11,34 @@ import gc
 import importlib
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doremi_mix.config import Config
+from doremi_mix.config import MIXTURE_WORDS, Config
 from doremi_mix.distributed import Processes
 from doremi_mix.errors import ConfigError, DoremiMixError, RunDirectoryError, StageNotFinishedError
 from doremi_mix.presets import PRESETS
 from doremi_mix.progress import Narrator, format_seconds
-from doremi_mix.run import RunDirectory, fingerprint
+from doremi_mix.replicas import PER_REPLICA, Replica, is_last, read_round, replicas, replicas_of_round
+from doremi_mix.run import RunDirectory, fingerprint, read_json
 from doremi_mix.sources.files import sha256_of
 
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """What a stage gets: the configuration (nothing left to choose), the run, its own folder, and where to speak."""
+    """What a stage gets: the configuration (nothing left to choose), the run, its own folder, and where to speak.
+
+    ``label`` says which round and seed this is ("" for the first), to tell them apart in messages and logs.
+    """
 
     config: Config
     run: RunDirectory
     folder: Path
     narrator: Narrator
     processes: Processes
+    label: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,9 @@ class Stage:
         parallel: whether all processes of a distributed run work in it; otherwise the first one does.
         version: raised when the stage's code comes to another result for the same settings.
         scratch: files that are of no use once it has finished.
-        outputs: files without which it has not finished, whatever its manifest says.
+        outputs: files without which it has not finished, whatever its manifest says; where they depend on what the
+            stage came to, a function from its folder to them.
+        also_reads: further stages that it reads under some settings.
     """
 
     name: str
@@ -60,12 +67,14 @@ class Stage:
     parallel: bool = False
     version: int = 1
     scratch: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] | Callable[[Path], tuple[str, ...]] = ()
+    also_reads: Callable[[Config], tuple[str, ...]] = lambda _config: ()
 
     def manifest(self, run: RunDirectory) -> dict[str, Any] | None:
         """Returns the stage's manifest when it has finished and its files are still there."""
         folder = run.stage_path(self.name)
-        return run.manifest(self.name) if all((folder / name).exists() for name in self.outputs) else None
+        outputs = self.outputs if isinstance(self.outputs, tuple) else self.outputs(folder)
+        return run.manifest(self.name) if all((folder / name).exists() for name in outputs) else None
 
 
 def _load_settings(config: Config) -> Any:
@@ -88,9 +97,53 @@ def _model_settings(config: Config, section: str) -> Any:
     return settings if settings["model"] in PRESETS else {**settings, "model": _contents_of(settings["model"])}
 
 
+def _reference_outputs(folder: Path) -> tuple[str, ...]:
+    """Returns the files of the stage, with the model and the log of each fold."""
+    from doremi_mix.folds import fold_names
+
+    path = folder / "folds.json"
+    parts = fold_names(read_json(path)["num_folds"]) if path.exists() else ()
+    of_folds = [str(Path(part, name)) for part in parts for name in ("model", "metrics.jsonl")]
+    return (path.name, "weights.json", "metrics.json", *of_folds)
+
+
 def _draw_settings(config: Config) -> Any:
     """What decides which sequences the proxy draws, and so whose reference losses are needed."""
     return config.proxy.model_dump(include={"seed", "steps", "batch_size"})
+
+
+def _proxy_settings(config: Config) -> Any:
+    settings = _model_settings(config, "proxy")
+    # The cap on epochs changes what is learned only under a budget.
+    return settings if config.proxy.token_budget is None else {**settings, "max_epochs": config.mixture.max_epochs}
+
+
+def _weights_settings(config: Config) -> Any:
+    return config.weights.result_settings()
+
+
+def _compare_settings(config: Config) -> Any:
+    settings = _model_settings(config, "compare")
+    also = {name: _contents_of(path) for name, path in config.compare.also.items()}
+    return {**settings, "also": also, "mixture": _budget_settings(config)}
+
+
+def _budget_settings(config: Config) -> Any:
+    return config.mixture.model_dump(include={"token_budget", "max_epochs"})
+
+
+def _mixture_settings(config: Config) -> Any:
+    settings = config.mixture.result_settings()
+    if settings["weights"] not in MIXTURE_WORDS:
+        settings["weights"] = _contents_of(settings["weights"])
+    if settings["weights"] == "temperature":
+        settings["temperature"] = config.compare.temperature
+    return settings
+
+
+def _mixture_reads(config: Config) -> tuple[str, ...]:
+    wanted = config.mixture.weights
+    return {"learned": ("weights",), "best": ("weights", "compare")}.get(wanted, ())
 
 
 STAGES: tuple[Stage, ...] = (
@@ -106,6 +159,7 @@ STAGES: tuple[Stage, ...] = (
         ("load",),
         _tokenize_settings,
         "text to packed token sequences, and the held-out split",
+        version=2,
         outputs=("domains.json", "tokenizer.json", "tokens.bin", "loss_mask.bin", "sequence_documents.npy"),
     ),
     Stage(
@@ -116,7 +170,7 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
-        outputs=("model", "weights.json", "metrics.json", "metrics.jsonl"),
+        outputs=_reference_outputs,
     ),
     Stage(
         "reference_losses",
@@ -131,7 +185,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "proxy",
         ("tokenize", "reference_losses"),
-        lambda config: _model_settings(config, "proxy"),
+        _proxy_settings,
         "train the proxy model with group DRO, which moves the domain weights",
         resumable=True,
         parallel=True,
@@ -141,16 +195,26 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "weights",
         ("tokenize", "reference", "proxy"),
-        lambda _config: {},
-        "average the trajectory into domain weights",
+        _weights_settings,
+        "average the trajectories of all seeds into domain weights, and say how sure they are",
         outputs=("domain_weights.json", "weights.png", "trajectory.png"),
     ),
     Stage(
+        "compare",
+        ("tokenize", "weights"),
+        _compare_settings,
+        "train small models on the learned mixture and on plain ones, and say whether it helps",
+        resumable=True,
+        parallel=True,
+        outputs=("results.json",),
+    ),
+    Stage(
         "mixture",
-        ("load", "tokenize", "weights"),
-        lambda config: config.mixture.result_settings(),
+        ("load", "tokenize"),
+        _mixture_settings,
         "draw the training set under the token budget",
         outputs=("mixture.jsonl", "ratio.json", "allocation.json"),
+        also_reads=_mixture_reads,
     ),
 )
 
@@ -169,21 +233,37 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
         StageNotFinishedError: a stage that it reads from has no result, or one that was made with other settings.
     """
     upstream: dict[str, str] = {}
-    for name in stage.reads:
+    for name in (*stage.reads, *stage.also_reads(config)):
         source = stage_named(name)
-        manifest = source.manifest(run)
         command = f"doremi-mix {command_of(name)} --run-dir {shlex.quote(str(run.path))}"
-        if manifest is None:
-            raise StageNotFinishedError(f"{name} has not finished in {run.path}; run: {command}")
-        # The sources of load may be gone by now, so what it kept is taken as it is.
-        if name != "load" and manifest["fingerprint"] != wanted_fingerprint(source, config, run):
-            raise StageNotFinishedError(
-                f"{name} in {run.path} was made with other settings; run, with the same --set: {command}"
-            )
-        upstream[name] = manifest["fingerprint"]
+        for label, source_config, view in _instances(stage, source, config, run):
+            manifest = source.manifest(view)
+            if manifest is None:
+                raise StageNotFinishedError(f"{name}{label} has not finished in {run.path}; run: {command}")
+            # The sources of load may be gone by now, so what it kept is taken as it is.
+            if name != "load" and manifest["fingerprint"] != wanted_fingerprint(source, source_config, view):
+                raise StageNotFinishedError(
+                    f"{name}{label} in {run.path} was made with other settings; run, with the same --set: {command}"
+                )
+            upstream[f"{name}{label}"] = manifest["fingerprint"]
     return fingerprint(
         {"stage": stage.name, "version": stage.version, "settings": stage.settings(config), "reads": upstream}
     )
+
+
+def _instances(
+    stage: Stage, source: Stage, config: Config, run: RunDirectory
+) -> Iterator[tuple[str, Config, RunDirectory]]:
+    """Yields where a stage finds an earlier one: a label for messages, and the configuration and run to look with.
+
+    A stage that comes after all rounds and seeds reads every one of them; within one, a stage sees only its own.
+    """
+    if source.name not in PER_REPLICA or stage.name in PER_REPLICA:
+        yield "", config, run
+        return
+    for replica in replicas(config, run):
+        if replica.wants(source.name):
+            yield replica.label, replica.config, replica.run
 
 
 def command_of(name: str) -> str:
@@ -191,8 +271,18 @@ def command_of(name: str) -> str:
     return name.replace("_", "-")
 
 
-def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrator, processes: Processes) -> bool:
+def run_stage(
+    stage: Stage, config: Config, run: RunDirectory, narrator: Narrator, processes: Processes, label: str = ""
+) -> bool:
     """Brings one stage up to date.
+
+    Args:
+        stage: its row of the table.
+        config: without choices left.
+        run: the run directory, as the stage sees it.
+        narrator: who tells the user.
+        processes: of a distributed run.
+        label: which round and seed this is, for messages.
 
     Returns:
         Whether there was anything to do.
@@ -204,7 +294,7 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
     if manifest is not None and manifest["fingerprint"] == wanted:
         if processes.is_main:
             _remove_scratch(stage, run)
-        narrator.say(f"{stage.name}: up to date")
+        narrator.say(f"{stage.name}{label}: up to date")
         return False
     start = time.monotonic()
     if processes.is_main:
@@ -212,21 +302,21 @@ def run_stage(stage: Stage, config: Config, run: RunDirectory, narrator: Narrato
     processes.wait()
     if stage.parallel or processes.is_main:
         folder = run.work_path(stage.name, resumable=stage.resumable)
-        said = _execute(stage, StageContext(config, run, folder, narrator, processes))
+        said = _execute(stage, StageContext(config, run, folder, narrator, processes, label))
         if stage.parallel:
-            _free_memory()
+            free_memory()
     if processes.is_main:
         seconds = time.monotonic() - start
         record = {"seconds": round(seconds, 3), "settings": stage.settings(config)}
         run.finish(stage.name, wanted, record, resumable=stage.resumable)
         _remove_scratch(stage, run)
-        narrator.say(f"{stage.name}: {said} ({format_seconds(seconds)})")
+        narrator.say(f"{stage.name}{label}: {said} ({format_seconds(seconds)})")
     processes.wait()
     return True
 
 
-def _free_memory() -> None:
-    """Frees the stage's model now: it sits in reference cycles, and the next stage brings its own."""
+def free_memory() -> None:
+    """Frees a model that is done with now: it sits in reference cycles, and the next one comes at once."""
     import torch
 
     gc.collect()
@@ -269,31 +359,95 @@ def run_pipeline(config: Config, run: RunDirectory, narrator: Narrator, processe
     for stage in STAGES:
         if stage.name == "mixture" and config.mixture.token_budget is None:
             continue
+        if stage.name == "compare" and not (config.compare.in_run or config.mixture.weights == "best"):
+            continue
+        if stage.name in PER_REPLICA[1:]:
+            continue
+        if stage.name == PER_REPLICA[0]:
+            _run_replicas(PER_REPLICA, config, run, narrator, processes)
+            continue
         run_stage(stage, config, run, narrator, processes)
         if stage.name == "tokenize" and config.mixture.token_budget is not None:
             # Now, and not after hours of training.
             check_budget(config, run)
 
 
+def run_alone(stage: Stage, config: Config, run: RunDirectory, narrator: Narrator, processes: Processes) -> None:
+    """Brings one stage up to date, in every round and seed whose earlier stages have finished."""
+    if stage.name in PER_REPLICA:
+        _run_replicas((stage.name,), config, run, narrator, processes)
+    else:
+        run_stage(stage, config, run, narrator, processes)
+
+
+def _run_replicas(
+    names: Sequence[str], config: Config, run: RunDirectory, narrator: Narrator, processes: Processes
+) -> None:
+    """Brings some of the replicated stages up to date, round after round, as far as the proxies allow."""
+    before = None
+    for round_ in range(1, config.weights.max_rounds + 1):
+        round_replicas = replicas_of_round(config, run, round_, before)
+        for replica in round_replicas:
+            for name in names:
+                if replica.wants(name):
+                    run_stage(stage_named(name), replica.config, replica.run, narrator, processes, replica.label)
+        if any(not _is_current(replica) for replica in round_replicas):
+            return
+        before = read_round(round_replicas)
+        if config.weights.max_rounds > 1:
+            narrator.say(
+                f"round {round_}: the weights differ from the reference weights by {before.change:.4f} at most"
+            )
+        if is_last(config, round_, before):
+            return
+
+
+def _is_current(replica: Replica) -> bool:
+    """Says whether a replica's proxy has finished under its settings."""
+    proxy = stage_named("proxy")
+    manifest = proxy.manifest(replica.run)
+    try:
+        return manifest is not None and manifest["fingerprint"] == wanted_fingerprint(
+            proxy, replica.config, replica.run
+        )
+    except StageNotFinishedError:
+        return False
+
+
 def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
-    """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``."""
+    """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``.
+
+    A stage that is run in several rounds and seeds is finished when all of them are.
+    """
     states: dict[str, str] = {}
     for stage in STAGES:
-        manifest = stage.manifest(run)
-        if manifest is None:
-            folders = (run.stage_path(stage.name), run.work_path(stage.name, resumable=stage.resumable))
-            states[stage.name] = "partial" if any(folder.exists() for folder in folders) else "not started"
-            continue
-        states[stage.name] = "finished"
-        if stage.name == "load":
-            continue  # its fingerprint needs the sources, which may be gone by now
-        try:
-            wanted = wanted_fingerprint(stage, config, run)
-        except StageNotFinishedError:
-            wanted = ""
-        if wanted != manifest["fingerprint"]:
-            states[stage.name] = "outdated"
+        if stage.name in PER_REPLICA:
+            states[stage.name] = _joint_state(
+                [_state(stage, r.config, r.run) for r in replicas(config, run) if r.wants(stage.name)]
+            )
+        else:
+            states[stage.name] = _state(stage, config, run)
     return states
+
+
+def _joint_state(states: Sequence[str]) -> str:
+    if len(set(states)) == 1:
+        return states[0]
+    return "outdated" if "outdated" in states else "partial"
+
+
+def _state(stage: Stage, config: Config, run: RunDirectory) -> str:
+    manifest = stage.manifest(run)
+    if manifest is None:
+        folders = (run.stage_path(stage.name), run.work_path(stage.name, resumable=stage.resumable))
+        return "partial" if any(folder.exists() for folder in folders) else "not started"
+    if stage.name == "load":
+        return "finished"  # its fingerprint needs the sources, which may be gone by now
+    try:
+        wanted = wanted_fingerprint(stage, config, run)
+    except StageNotFinishedError:
+        wanted = ""
+    return "finished" if wanted == manifest["fingerprint"] else "outdated"
 
 
 def _remove_scratch(stage: Stage, run: RunDirectory) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,17 +17,17 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_mix.config import Config
+from doremi_mix.config import MIXTURE_WORDS, Config
 from doremi_mix.errors import BudgetError, ConfigError
 from doremi_mix.mixture import allocate, draw_examples, mixture_order
 from doremi_mix.progress import Tracker
-from doremi_mix.run import RunDirectory, write_json
+from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_rows
 from doremi_mix.stages.training import available_tokens, open_store
-from doremi_mix.stages.weights import read_weights
+from doremi_mix.stages.weights import plain_weights, read_weights, weights_from
 from doremi_mix.store import TokenStore
-from doremi_mix.types import Allocation
+from doremi_mix.types import Allocation, DomainWeights
 
 BUCKET_ROWS = 8_192
 """Rows that are shuffled in memory at a time; a larger mixture goes through temporary files."""
@@ -51,7 +52,7 @@ def run(context: StageContext) -> str:
     if config.token_budget is None:
         raise ConfigError("mixture.token_budget is missing; give it, for example: --set mixture.token_budget=1000000")
     store = open_store(context.run)
-    weights = read_weights(context.run).domain_weights
+    weights = _chosen_weights(context, store)
     allocation = allocate(weights, available_tokens(store), config.token_budget, config.max_epochs)
     draws = draw_domains(store, allocation, config.seed)
     positions = mixture_order([len(rows) for rows, _ in draws.values()], config.seed)
@@ -72,10 +73,43 @@ def run(context: StageContext) -> str:
     write_json(context.folder / "ratio.json", {f"{name}.jsonl": tokens / total for name, tokens in drawn.items()})
     write_json(
         context.folder / "allocation.json",
-        _describe(allocation, draws, weights, key, context.config.tokenize.max_example_tokens),
+        {
+            "weights": config.weights,
+            **_describe(allocation, draws, weights, key, context.config.tokenize.max_example_tokens),
+        },
     )
     place = context.run.stage_path("mixture") / "mixture.jsonl"
     return f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {place}"
+
+
+def _chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, float]:
+    """Returns the weights that ``mixture.weights`` asks for, and says what the comparison found about them."""
+    wanted = context.config.mixture.weights
+    if wanted == "best":
+        wanted = read_json(context.run.stage_path("compare") / "results.json")["best"]
+        context.narrator.say(f"  the best mixture of the comparison: {wanted}")
+    if wanted == "learned":
+        learned = read_weights(context.run)
+        _say_verdict(context, learned)
+        return learned.domain_weights
+    if wanted in MIXTURE_WORDS:
+        return plain_weights(wanted, available_tokens(store), context.config.compare.temperature)
+    entered = context.config.compare.also.get(wanted)
+    return weights_from(Path(entered or wanted), store)
+
+
+def _say_verdict(context: StageContext, learned: DomainWeights) -> None:
+    """Shows the verdict of the comparison on the learned weights; a warning when they lost."""
+    if not learned.verdict:
+        context.narrator.say(
+            "  these weights were not compared with plain mixtures yet; run: doremi-mix compare --run-dir "
+            + shlex.quote(str(context.run.path))
+        )
+        return
+    lost = learned.verdict["kind"] == "worse"
+    context.narrator.say(f"  {'WARNING: ' if lost else 'verdict: '}{learned.verdict['sentence']}")
+    if lost:
+        context.narrator.say("  draw a better one with: --set mixture.weights=best")
 
 
 def draw_domains(store: TokenStore, allocation: Allocation, seed: int) -> dict[str, tuple[NDArray[np.int64], int]]:

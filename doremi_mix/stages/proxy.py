@@ -17,6 +17,7 @@ from doremi_mix.stages.training import (
     open_store,
     proxy_schedule,
     train_and_score,
+    weight_caps,
     write_metrics,
 )
 
@@ -26,7 +27,12 @@ def run(context: StageContext) -> str:
     section = context.config.proxy
     store = open_store(context.run)
     schedule = proxy_schedule(context.config, store)
-    objective = GroupDROObjective(store.domains, step_size=section.step_size, smoothing=section.smoothing)
+    objective = GroupDROObjective(
+        store.domains,
+        step_size=section.step_size,
+        smoothing=section.smoothing,
+        max_weights_K=weight_caps(context.config, store),
+    )
     cached = ReferenceLosses(context.run.stage_path("reference_losses"))
     try:
         model, losses = train_and_score(context, section, objective, schedule, cached.read)

@@ -61,7 +61,8 @@ def run(context: StageContext) -> str:
                 if config.max_example_tokens is not None:
                     encoded = truncate(encoded, config.max_example_tokens)
                 # What an example costs of a budget is counted before the proxy's shorter context cuts it.
-                writer.append(domain_id, truncate(encoded, config.context_length), encoded.lengths)
+                in_context = truncate(encoded, config.context_length, answers_first=True)
+                writer.append(domain_id, in_context, encoded.lengths)
                 keys.append(np.fromiter(map(prompt_key, examples), dtype=np.uint64, count=len(examples)))
                 tracker.advance(len(examples), name)
             ends.append(keys.length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from array import array
 from collections.abc import Callable, Sequence
@@ -23,11 +24,13 @@ from doremi_mix.checkpoints import whole_state
 from doremi_mix.config import Config, ReferenceConfig, TrainingConfig
 from doremi_mix.engine import EngineSettings, is_sharded, to_device, with_host_facts
 from doremi_mix.evaluation import score_sequences, summarize_losses
+from doremi_mix.folds import Folds
 from doremi_mix.mixture import natural_weights
 from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model, undo_compile
 from doremi_mix.objectives import Objective, counted, forward
 from doremi_mix.plan import accumulation, base_dtype, new_model
 from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.shrinkage import max_weights
 from doremi_mix.stages import StageContext
 from doremi_mix.store import Split, TokenStore
 from doremi_mix.tracking import TrackingSettings, open_trackers
@@ -73,11 +76,27 @@ def reference_weights(config: Config, store: TokenStore) -> dict[str, float]:
     return {name: wanted[name] / total for name in names}
 
 
-def make_schedule(store: TokenStore, weights: dict[str, float], section: TrainingConfig) -> Schedule:
-    """Plans which sequences a training run draws."""
+def weight_caps(config: Config, store: TokenStore) -> Tensor | None:
+    """Returns the largest weight of each domain that the token budget can use, shape [K]; None without a budget."""
+    budget = config.proxy.token_budget
+    if budget is None:
+        return None
+    available_K = torch.tensor(store.available_tokens)
+    return max_weights(available_K, budget, config.mixture.max_epochs)
+
+
+def make_schedule(
+    store: TokenStore,
+    weights: dict[str, float],
+    section: TrainingConfig,
+    ids_by_domain: list[NDArray[np.int64]] | None = None,
+) -> Schedule:
+    """Plans which sequences a training run draws: of some for each domain, or of all that are not held out."""
     assert section.batch_size and section.steps
     weights_K = np.array([weights[name] for name in store.domains])
-    return Schedule(sequence_ids(store, "train"), weights_K, section.batch_size, section.steps, section.seed)
+    if ids_by_domain is None:
+        ids_by_domain = sequence_ids(store, "train")
+    return Schedule(ids_by_domain, weights_K, section.batch_size, section.steps, section.seed)
 
 
 def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
@@ -85,9 +104,21 @@ def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
     return make_schedule(store, dict.fromkeys(store.domains, 1 / len(store.domains)), config.proxy)
 
 
-def trained_model(run: RunDirectory, section: ReferenceConfig) -> TokenLossModel:
-    """Loads what stage reference saved; adapters go over the base that is in memory already, when it is."""
-    folder = run.stage_path("reference") / "model"
+def read_folds(run: RunDirectory, store: TokenStore) -> Folds:
+    """Returns how stage reference split the sequences."""
+    made = read_json(run.stage_path("reference") / "folds.json")
+    return Folds(sequence_ids(store, "train"), made["num_folds"], made["seed"])
+
+
+def trained_model(run: RunDirectory, section: ReferenceConfig, part: str = "") -> TokenLossModel:
+    """Loads what stage reference saved; adapters go over the base that is in memory already, when it is.
+
+    Args:
+        run: the run directory.
+        section: of the reference.
+        part: the folder of one of several references, see ``train_and_score``.
+    """
+    folder = run.stage_path("reference") / part / "model"
     return load_trained(
         folder, trust_remote_code=section.trust_remote_code, base=section.model, base_dtype=base_dtype(section)
     )
@@ -106,8 +137,30 @@ def train_and_score(
     objective: Objective,
     schedule: Schedule,
     reference_losses: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
+    part: str = "",
 ) -> tuple[TokenLossModel, dict[str, DomainLoss]]:
     """Builds the stage's model, trains it, saves it in Hugging Face layout and scores the held-out sequences.
+
+    Args: as ``train_model``.
+
+    Returns:
+        The trained model and the held-out loss of each domain.
+    """
+    model, accelerator = train_model(context, section, objective, schedule, reference_losses, part)
+    _save(model, engine_settings(section), accelerator, context.folder / part / "model")
+    store = open_store(context.run)
+    return model, summarize_held_out(store, score_held_out(store, model, accelerator))
+
+
+def train_model(
+    context: StageContext,
+    section: TrainingConfig,
+    objective: Objective,
+    schedule: Schedule,
+    reference_losses: Callable[[NDArray[np.int64]], NDArray[np.float32]] | None = None,
+    part: str = "",
+) -> tuple[TokenLossModel, Any]:
+    """Builds a model and trains it.
 
     Args:
         context: of the stage.
@@ -115,12 +168,16 @@ def train_and_score(
         objective: what a step minimizes.
         schedule: its draws.
         reference_losses: from sequence ids to the reference model's losses [B, T]; None for plain training.
+        part: of a stage that trains several models, the folder inside its own for this one; checkpoint, logs and model
+            go there.
 
     Returns:
-        The trained model and the held-out loss of each domain.
+        The trained model, ready to be scored, and its Accelerator.
     """
     store = open_store(context.run)
     stage = context.folder.name
+    folder = context.folder / part
+    folder.mkdir(parents=True, exist_ok=True)
     T = store.context_length
     assert section.steps and section.batch_size and section.learning_rate and section.checkpoint_every
 
@@ -134,6 +191,7 @@ def train_and_score(
         stage=stage,
         steps=section.steps,
         learning_rate=section.learning_rate,
+        embedding_learning_rate=section.embedding_learning_rate,
         warmup_share=section.warmup_share,
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
@@ -145,14 +203,14 @@ def train_and_score(
         engine=engine_settings(section),
     )
     model = new_model(section, token_info(context.run), T, stage)
-    with context.narrator.track(stage, section.steps * section.batch_size * T, "tokens") as tracker:
-        accelerator = train(
-            model, objective, schedule, read, plan, context.folder, tracker, _trackers(context, section, stage)
-        )
-    _save(model, plan.engine, accelerator, context.folder / "model")
+    label = f"{stage} {part}".rstrip() + context.label
+    trackers = _trackers(context, section, re.sub(r"[^\w.]+", "-", label).strip("-"))
+    num_tokens = int(schedule.counts_SK.sum()) * T
+    with context.narrator.track(label, num_tokens, "tokens") as tracker:
+        accelerator = train(model, objective, schedule, read, plan, folder, tracker, trackers)
     # Scoring has other shapes, and no gradient: it would be compiled anew for a few batches.
     undo_compile(model)
-    return model, held_out_losses(store, model, accelerator)
+    return model, accelerator
 
 
 def _trackers(context: StageContext, section: TrainingConfig, stage: str) -> Callable[[int], Any]:
@@ -181,10 +239,13 @@ def _save(model: TokenLossModel, engine: EngineSettings, accelerator: Any, targe
     accelerator.wait_for_everyone()
 
 
-def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) -> dict[str, DomainLoss]:
-    """Scores every held-out sequence and returns the loss per domain; a domain without any is left out."""
-    ids_by_domain = sequence_ids(store, "held_out")
-    all_ids = np.concatenate(ids_by_domain)
+def held_out_ids(store: TokenStore) -> NDArray[np.int64]:
+    """Returns the ids of all held-out sequences, domain after domain, shape [N]."""
+    return np.concatenate(sequence_ids(store, "held_out"))
+
+
+def score_held_out(store: TokenStore, model: TokenLossModel, accelerator: Any) -> NDArray[np.float64]:
+    """Returns the sum of losses and the number of tokens of every held-out sequence, shape [N, 2]."""
 
     def score(ids: NDArray[np.int64]) -> Tensor:
         batch = to_device(with_host_facts(load_batch(store, ids), model), accelerator.device)
@@ -193,11 +254,18 @@ def held_out_losses(store: TokenStore, model: TokenLossModel, accelerator: Any) 
         return torch.stack([loss_BT.double().sum(1), counted(batch).sum(1).double()], dim=1)
 
     batch_size = max(1, SCORE_TOKENS // store.context_length)
-    mine = score_sequences(all_ids, score, batch_size, accelerator.process_index, accelerator.num_processes)
-    scores_N2 = accelerator.reduce(torch.from_numpy(mine).to(accelerator.device), "sum").cpu().numpy()
+    mine = score_sequences(held_out_ids(store), score, batch_size, accelerator.process_index, accelerator.num_processes)
+    scores_N2: NDArray[np.float64] = (
+        accelerator.reduce(torch.from_numpy(mine).to(accelerator.device), "sum").cpu().numpy()
+    )
+    return scores_N2
+
+
+def summarize_held_out(store: TokenStore, scores_N2: NDArray[np.float64]) -> dict[str, DomainLoss]:
+    """Returns the held-out loss of each domain; a domain without any held-out sequence is left out."""
     losses = {}
     start = 0
-    for name, ids in zip(store.domains, ids_by_domain, strict=True):
+    for name, ids in zip(store.domains, sequence_ids(store, "held_out"), strict=True):
         part_N2 = scores_N2[start : start + len(ids)]
         start += len(ids)
         if len(ids):
@@ -211,11 +279,12 @@ def write_metrics(
     schedule: Schedule,
     domains: Domains,
     model: TokenLossModel,
+    part: str = "",
 ) -> float:
     """Writes held-out losses and epochs per domain; returns the average of the losses over domains (nats per token)."""
     average = math.fsum(loss.loss for loss in losses.values()) / len(losses) if losses else math.nan
     write_json(
-        context.folder / "metrics.json",
+        context.folder / part / "metrics.json",
         {
             "num_parameters": num_parameters(model),
             "num_trained_parameters": num_trainable_parameters(model),

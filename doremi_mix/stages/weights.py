@@ -1,40 +1,62 @@
-"""Stage weights: the average of the trajectory, in every unit, with where it came from.
+"""Stage weights: the mean over seeds of the average of the trajectory, in every unit, with where it came from.
 
-Writes ``domain_weights.json`` (the product: see ``types.DomainWeights``), ``weights.png`` and ``trajectory.png``.
+Writes ``domain_weights.json`` (the product: see ``types.DomainWeights``), ``diagnostics.json``, ``weights.png`` and
+``trajectory.png``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 import doremi_mix
-from doremi_mix.mixture import natural_weights
+from doremi_mix.config import Config
+from doremi_mix.diagnostics import Diagnosis, diagnose
+from doremi_mix.errors import DataError
+from doremi_mix.mixture import natural_weights, temperature_weights, uniform_weights
+from doremi_mix.replicas import Replica, rounds
 from doremi_mix.report.plots import plot_trajectory, plot_weights
 from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.shrinkage import cap_weights, shrink_by_evidence, shrink_weights
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_summary
-from doremi_mix.stages.training import available_tokens, open_store, read_columns
+from doremi_mix.stages.training import available_tokens, open_store, read_columns, weight_caps
 from doremi_mix.store import TokenStore
-from doremi_mix.types import DomainWeights
+from doremi_mix.types import DomainLoss, DomainWeights
+from doremi_mix.uncertainty import summarize_seeds
 
 WEIGHTS_FILE = "domain_weights.json"
+DIAGNOSTICS_FILE = "diagnostics.json"
+COLUMNS = ("domain_weights", "excess_loss", "unclipped_excess_loss", "proxy_loss", "reference_loss")
 
 
 def run(context: StageContext) -> str:
     """Writes the weights and their pictures; returns one line about them."""
+    config = context.config
     store = open_store(context.run)
     names = store.domains.names
-    learned = read_json(context.run.stage_path("proxy") / "average.json")
+    finished = [(replicas, result) for replicas, result in rounds(config, context.run) if result is not None]
+    replicas, last = finished[-1]
+    weights_RK, strength = pull_and_cap(config, store, last.weights_RK)
+    seeds = summarize_seeds(names, weights_RK)
+    learned = dict(seeds.mean)
+    diagnoses = [found for replica in replicas for found in diagnose_replica(replica, store)]
+    first = replicas[0]
     weights = DomainWeights(
         domain_weights=learned,
-        reference_weights=read_json(context.run.stage_path("reference") / "weights.json"),
+        reference_weights=read_json(first.run.stage_path("reference") / "weights.json"),
         shares=_shares(learned, store),
-        method=context.config.proxy.method,
+        method=config.proxy.method,
         settings={
-            section: getattr(context.config, section).result_settings()
-            for section in ("tokenize", "reference", "proxy")
+            section: getattr(config, section).result_settings()
+            for section in ("tokenize", "reference", "proxy", "weights")
         },
         tokenizer={
             key: value
@@ -42,26 +64,149 @@ def run(context: StageContext) -> str:
             if key in ("name", "sha256")
         },
         provenance=_provenance(context.run),
+        intervals=dict(seeds.intervals),
+        uncertainty={
+            "num_seeds": seeds.num_seeds,
+            "standard_deviation": dict(seeds.standard_deviation),
+            "rank_stability": seeds.rank_stability,
+            "rounds": [result.change for _, result in finished],
+            "shrink": strength,
+        },
+        diagnoses=tuple(_sentences(diagnoses, seeds.num_seeds)),
     )
     write_json(context.folder / WEIGHTS_FILE, weights.to_dict())
-    trajectory = context.run.stage_path("proxy") / "trajectory.jsonl"
-    weights_TK = read_columns(trajectory, names, ["domain_weights"])["domain_weights"]
-    average_K = np.array([learned[name] for name in names])
+    write_json(context.folder / DIAGNOSTICS_FILE, [asdict(found) for found in diagnoses])
+    _draw(context, store, first, weights)
+    for sentence in weights.diagnoses:
+        context.narrator.say(f"  {sentence}")
+    return f"written to {context.run.stage_path('weights') / WEIGHTS_FILE}"
+
+
+def pull_and_cap(
+    config: Config, store: TokenStore, weights_RK: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """Pulls each seed's weights toward a plain mixture, then keeps them under what the token budget can use.
+
+    Returns:
+        The weights of each seed, shape [R, K], and the strength of the pull.
+    """
+    settings = config.weights
+    available = available_tokens(store)
+    plain = natural_weights(available) if settings.shrink_toward == "natural" else uniform_weights(available)
+    target_K = torch.tensor(list(plain.values()), dtype=torch.float64)
+    learned_RK = torch.from_numpy(weights_RK)
+    by_evidence = settings.shrink == "evidence"
+    strength = float(shrink_by_evidence(learned_RK, target_K)[1]) if by_evidence else float(settings.shrink)
+    pulled = [shrink_weights(weights_K, target_K, strength, kind=settings.shrink_kind) for weights_K in learned_RK]
+    caps_K = weight_caps(config, store)
+    if caps_K is not None:
+        pulled = [cap_weights(weights_K, caps_K) for weights_K in pulled]
+    return torch.stack(pulled).numpy(), strength
+
+
+def diagnose_replica(replica: Replica, store: TokenStore) -> tuple[Diagnosis, ...]:
+    """Looks for what is wrong with one proxy and its reference."""
+    names = store.domains.names
+    proxy = replica.run.stage_path("proxy")
+    path = read_columns(proxy / "trajectory.jsonl", names, COLUMNS)
+    average = read_json(proxy / "average.json")
+    section = replica.config.proxy
+    assert section.batch_size
+    return diagnose(
+        names,
+        weights_SK=path["domain_weights"],
+        excess_SK=path["excess_loss"],
+        unclipped_SK=path["unclipped_excess_loss"],
+        proxy_loss_SK=path["proxy_loss"],
+        reference_loss_SK=path["reference_loss"],
+        average_weights_K=np.array([average[name] for name in names]),
+        num_sequences_K=np.array([store.num_sequences(i) for i in range(len(names))]),
+        batch_size=section.batch_size,
+        reference_held_out=_held_out(replica.run, "reference"),
+        proxy_held_out=_held_out(replica.run, "proxy"),
+        smoothing=section.smoothing,
+        method=section.method,
+    )
+
+
+def _held_out(run: RunDirectory, stage: str) -> dict[str, DomainLoss]:
+    losses = read_json(run.stage_path(stage) / "metrics.json")["held_out_loss"]
+    return {
+        name: DomainLoss(
+            math.nan if loss["loss"] is None else loss["loss"],
+            math.nan if loss["standard_error"] is None else loss["standard_error"],
+            loss["num_tokens"],
+            loss["num_sequences"],
+        )
+        for name, loss in losses.items()
+    }
+
+
+def _sentences(diagnoses: Sequence[Diagnosis], num_seeds: int) -> list[str]:
+    """Returns the first sentence of each kind, with the number of seeds in which there was one."""
+    kinds = Counter(found.code for found in diagnoses)
+    first = {found.code: found.sentence for found in reversed(diagnoses)}
+    return [
+        first[code] + (f" (in {min(kinds[code], num_seeds)} of {num_seeds} seeds)" if num_seeds > 1 else "")
+        for code in kinds
+    ]
+
+
+def _draw(context: StageContext, store: TokenStore, first: Replica, weights: DomainWeights) -> None:
+    """Draws the weights, and the first seed's path to them."""
+    names = store.domains.names
+    path = read_columns(first.run.stage_path("proxy") / "trajectory.jsonl", names, ["domain_weights"])
+    average = read_json(first.run.stage_path("proxy") / "average.json")
     natural = natural_weights(available_tokens(store))
     plot_weights(
         context.folder / "weights.png",
         names,
         natural=[natural[name] for name in names],
-        learned=average_K.tolist(),
+        learned=[weights[name] for name in names],
         uniform=1 / len(names),
+        intervals=[weights.intervals[name] for name in names] if weights.intervals else None,
     )
+    weights_TK = path["domain_weights"]
+    average_K = np.array([average[name] for name in names])
     plot_trajectory(context.folder / "trajectory.png", names, np.arange(1, len(weights_TK) + 1), weights_TK, average_K)
-    return f"written to {context.run.stage_path('weights') / WEIGHTS_FILE}"
 
 
 def read_weights(run: RunDirectory) -> DomainWeights:
     """Returns what the stage wrote."""
     return DomainWeights.from_dict(read_json(run.stage_path("weights") / WEIGHTS_FILE))
+
+
+def plain_weights(name: str, available: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Returns the weights of a plain mixture by its name."""
+    if name == "natural":
+        return natural_weights(available)
+    return uniform_weights(available) if name == "uniform" else temperature_weights(available, temperature)
+
+
+def weights_from(path: Path, store: TokenStore) -> Mapping[str, float]:
+    """Reads domain weights from a file: ours, or a plain object of domain and weight.
+
+    Raises:
+        DataError: the file is missing, is not JSON, or has not the weights of these domains.
+    """
+    try:
+        data = read_json(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a domain_weights.json") from None
+    try:
+        if isinstance(data, dict) and "format" not in data:
+            total = math.fsum(data.values())
+            data = {name: value / total for name, value in data.items()}
+            weights: Mapping[str, float] = DomainWeights(domain_weights=data, reference_weights=data).domain_weights
+        else:
+            weights = DomainWeights.from_dict(data).domain_weights
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise DataError(f"{path}: {error}; give a domain_weights.json, or {{domain: weight}}") from None
+    names = store.domains.names
+    for name in sorted(set(weights) ^ set(names)):
+        problem = "has no weight" if name in names else "is no domain of this run"
+        raise DataError(f"{path}: {name!r} {problem}; give one weight to each of {list(names)}")
+    return {name: weights[name] for name in names}
 
 
 def _shares(learned: Mapping[str, float], store: TokenStore) -> dict[str, dict[str, float]]:
