@@ -287,12 +287,13 @@ def _run_all(given: dict[str, Any], run_dir: Path, *, where: str, dry_run: bool,
 
 
 def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool) -> None:
-    from doremi_mix.pipeline import describe_plan, resolve
+    from doremi_mix.pipeline import check_entered_weights, describe_plan, resolve
     from doremi_mix.progress import Narrator
     from doremi_mix.run import RunDirectory
     from doremi_mix.stages.load import check_sources, peek_sources
 
     config, hardware = resolve(given, RunDirectory(run_dir), where)
+    check_entered_weights(config)
     peek_sources(config)
     counts = check_sources(config, Narrator())
     plan = describe_plan(config, hardware)

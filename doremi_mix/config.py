@@ -166,9 +166,10 @@ class TrainingConfig(Section):
 class ReferenceConfig(TrainingConfig):
     """Stage reference: a plain language model on the reference weights."""
 
-    weights: Literal["natural", "uniform"] | dict[str, float] = Field(
-        default="natural",
-        description="natural (each domain's share of the available tokens), uniform, or {domain: weight}",
+    weights: Literal["natural", "uniform"] | dict[str, float] | None = Field(
+        default=None,
+        description="natural (each domain's share of the available tokens), uniform, or {domain: weight}; null: "
+        "natural for proxy.method doremi, uniform for headroom",
     )
     folds: PositiveInt | None = Field(
         default=None,
@@ -179,21 +180,29 @@ class ReferenceConfig(TrainingConfig):
     @field_validator("weights", mode="before")
     @classmethod
     def _known_word_or_mapping(cls, value: object) -> object:
-        if value not in ("natural", "uniform") and not isinstance(value, dict):
+        if value not in ("natural", "uniform", None) and not isinstance(value, dict):
             raise ValueError("must be natural, uniform or a mapping of domain to weight")
         return value
 
 
 class ProxyConfig(TrainingConfig):
-    """Stage proxy: group DRO.  Settings that are null are those of the reference model."""
+    """Stage proxy: learn the weights.  Settings that are null are those of the reference model.
 
-    method: Literal["doremi"] = Field(default="doremi", description="doremi: Algorithm 1 of the DoReMi paper")
+    With the method headroom, ``steps`` that are null are half of the reference model's.
+    """
+
+    method: Literal["headroom", "doremi"] = Field(
+        default="headroom",
+        description="headroom: weight in proportion to what a longer training still gains on a domain; doremi: "
+        "Algorithm 1 of the DoReMi paper",
+    )
     token_budget: PositiveInt | None = Field(
         default=None,
         description="learn for this budget: no domain gets more weight than mixture.max_epochs passes over it fill; "
         "null: mixture.token_budget, where learn or run is given one",
     )
-    step_size: PositiveFloat = Field(default=1.0, description="eta, the learning rate of the domain weights")
+    power: PositiveFloat = Field(default=1.0, description="of headroom: weights go with the headroom to this power")
+    step_size: PositiveFloat = Field(default=1.0, description="of doremi: eta, the learning rate of the weights")
     smoothing: Share = Field(
         default=1e-3, description="c, the share of the weights given back to uniform at each update"
     )

@@ -11,9 +11,18 @@ from typing import Any
 
 import yaml
 
-from doremi_mix.config import Config, Section, section_of
+from doremi_mix.config import MIXTURE_WORDS, Config, Section, section_of
 from doremi_mix.errors import ConfigError
 from doremi_mix.presets import PRESETS
+
+# Settings that may be a path.
+_PATHS = (
+    ("tokenize", "tokenizer"),
+    ("reference", "model"),
+    ("proxy", "model"),
+    ("compare", "model"),
+    ("mixture", "weights"),
+)
 
 
 def load_config_file(path: Path) -> dict[str, Any]:
@@ -45,7 +54,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
 
 
 def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Makes the paths of existing local models and tokenizers absolute, so that they mean the same from any folder.
+    """Makes the paths of local models, tokenizers and weights absolute, so that they mean the same from any folder.
 
     Args:
         data: settings as a person gave them.
@@ -54,14 +63,18 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     result = _copy(data)
     if isinstance(result.get("data_root"), str):
         result["data_root"] = str(folder / Path(result["data_root"]).expanduser())
-    for section, key in (("tokenize", "tokenizer"), ("reference", "model"), ("proxy", "model")):
+    for section, key in _PATHS:
         settings = result.get(section)
         value = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(settings, dict) and isinstance(value, os.PathLike):
             value = settings[key] = os.fspath(value)
-        if isinstance(settings, dict) and isinstance(value, str) and value not in PRESETS:
+        if isinstance(settings, dict) and isinstance(value, str) and value not in (*PRESETS, *MIXTURE_WORDS):
             path = folder / Path(value).expanduser()
             settings[key] = str(path) if path.exists() else value
+    entered = result["compare"].get("also") if isinstance(result.get("compare"), dict) else None
+    if isinstance(entered, dict):
+        for name, path in entered.items():
+            entered[name] = str(folder / Path(path).expanduser()) if isinstance(path, str | os.PathLike) else path
     return result
 
 

@@ -114,7 +114,8 @@ def diagnose(
         *find_reference_worse(names, reference_held_out, proxy_held_out),
         *find_small_domains(names, proxy_loss_SK, num_sequences_K, batch_size, proxy_held_out),
         *find_one_hot(names, weights_SK, excess_SK, smoothing=smoothing, method=method),
-        *find_clip_bias(names, excess_SK, unclipped_SK, average_weights_K),
+        # Only group DRO takes clipped losses.
+        *(find_clip_bias(names, excess_SK, unclipped_SK, average_weights_K) if method == "doremi" else ()),
         *find_drift(names, weights_SK),
     )
 

@@ -13,6 +13,7 @@ Axes: B sequences, T tokens in a sequence, K domains.  Weights live in float64. 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -287,3 +288,34 @@ def average_weights(state: GroupDROState) -> Tensor:
         raise ValueError("there is no average before the first update")
     average_K = state.weight_sum_K / state.num_updates
     return average_K / average_K.sum()
+
+
+@dataclass(frozen=True)
+class GroupDRO:
+    """Algorithm 1 as an objective's learner; see ``update_domain_weights`` for the settings."""
+
+    step_size: float = 1.0
+    smoothing: float = 1e-3
+    max_weights_K: Tensor | None = None
+
+    def start(self, num_domains: int) -> GroupDROState:
+        """Returns the state before the first step."""
+        return init_group_dro(num_domains)
+
+    def step(self, state: GroupDROState, sums: DomainSums) -> tuple[GroupDROState, Tensor]:
+        """Returns the state after a step, and the weights of the domains in this batch's loss: alpha_t."""
+        device = sums.excess_K.device
+        state = GroupDROState(state.weights_K.to(device), state.weight_sum_K.to(device), state.num_updates)
+        caps_K = None if self.max_weights_K is None else self.max_weights_K.to(device)
+        after, _ = step_domain_weights(
+            state, sums, step_size=self.step_size, smoothing=self.smoothing, max_weights_K=caps_K
+        )
+        return after, after.weights_K
+
+    def result(self, state: GroupDROState) -> Tensor:
+        """Returns the average weights."""
+        return average_weights(state)
+
+    def restore(self, state: dict[str, object]) -> GroupDROState:
+        """Returns a state from its fields."""
+        return GroupDROState(**state)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from doremi_mix.dro import DomainSums, GroupDROState, domain_sums, init_group_dro, step_domain_weights, weighted_loss
+from doremi_mix.dro import DomainSums, domain_sums, weighted_loss
 from doremi_mix.types import Domains
 
 MicroBatch = dict[str, Tensor]
@@ -92,8 +92,31 @@ class PlainObjective:
         """There is nothing to take back."""
 
 
-class GroupDROObjective:
-    """DoReMi's proxy objective: update the domain weights from the batch, then weight the batch with them.
+class Learner(Protocol):
+    """How domain weights follow from losses: ``dro.GroupDRO`` or ``headroom.Headroom``.
+
+    A state is a NamedTuple with ``weights_K`` and ``num_updates``.
+    """
+
+    def start(self, num_domains: int) -> Any:
+        """Returns the state before the first step."""
+        ...
+
+    def step(self, state: Any, sums: DomainSums) -> tuple[Any, Tensor]:
+        """Returns the state after a step, and the weight of each domain in the loss of this batch, shape [K]."""
+        ...
+
+    def result(self, state: Any) -> Tensor:
+        """Returns what was learned, shape [K]."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> Any:
+        """Returns a state from its fields."""
+        ...
+
+
+class ProxyObjective:
+    """The proxy's objective: update the domain weights from the batch, then weight the batch's domains.
 
     With one micro-batch per process, one forward pass serves both.  With several, a first pass without gradient finds
     the excess losses of the whole effective batch (a third more operations; memory stays that of one micro-batch).
@@ -101,14 +124,10 @@ class GroupDROObjective:
 
     has_trajectory = True
 
-    def __init__(
-        self, domains: Domains, *, step_size: float, smoothing: float, max_weights_K: Tensor | None = None
-    ) -> None:
+    def __init__(self, domains: Domains, learner: Learner) -> None:
         self.domains = domains
-        self.step_size = step_size
-        self.smoothing = smoothing
-        self.max_weights_K = max_weights_K
-        self.dro = init_group_dro(len(domains))
+        self.learner = learner
+        self.learned = learner.start(len(domains))
 
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
         """Updates the domain weights and adds the gradient; logs weights and sums, shape [6, K]."""
@@ -128,22 +147,17 @@ class GroupDROObjective:
             )
         local = torch.stack([torch.stack(part) for part in parts]).sum(0)
         sums = DomainSums(*accelerator.reduce(local, "sum").unbind(0))
-        dro = GroupDROState(
-            self.dro.weights_K.to(local.device), self.dro.weight_sum_K.to(local.device), self.dro.num_updates
-        )
-        if self.max_weights_K is not None:
-            self.max_weights_K = self.max_weights_K.to(local.device)
-        self.dro, _ = step_domain_weights(
-            dro, sums, step_size=self.step_size, smoothing=self.smoothing, max_weights_K=self.max_weights_K
-        )
+        self.learned, loss_weights_K = self.learner.step(self.learned, sums)
         for (batch, sync), known_loss in zip(_with_sync(model, batches, accelerator), losses, strict=True):
             with sync:
                 loss_BT = known_loss if len(batches) == 1 else forward(model, batch)
-                loss = weighted_loss(
-                    loss_BT, counted(batch), batch["domain_ids_B"], self.dro.weights_K, sums.num_tokens_K
-                )
+                loss = weighted_loss(loss_BT, counted(batch), batch["domain_ids_B"], loss_weights_K, sums.num_tokens_K)
                 accelerator.backward(loss * accelerator.num_processes)
-        return torch.stack([self.dro.weights_K, *sums])
+        return torch.stack([self.learned.weights_K, *sums])
+
+    def result(self) -> Tensor:
+        """Returns the domain weights that were learned, shape [K]."""
+        return self.learner.result(self.learned)
 
     def record(self, step: int, logged: Tensor) -> StepRecord:
         """Returns the weighted loss, tokens, and one line of ``trajectory.jsonl``."""
@@ -161,11 +175,11 @@ class GroupDROObjective:
 
     def state(self) -> dict[str, Any]:
         """Returns the weights, their sum and the number of updates."""
-        return {**self.dro._asdict()}
+        return {**self.learned._asdict()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes back what ``state`` returned."""
-        self.dro = GroupDROState(**state)
+        self.learned = self.learner.restore(state)
 
 
 def forward(model: Any, batch: MicroBatch) -> Tensor:

@@ -15,9 +15,10 @@ from doremi_mix.checks import (
     check_model_name,
     check_proxy_batch,
     check_reference_weights,
+    check_seeds,
     check_vocab_size,
 )
-from doremi_mix.config import Config, parse_config
+from doremi_mix.config import MIXTURE_WORDS, Config, parse_config
 from doremi_mix.config_file import anchor_paths, apply_overrides, dump_yaml, merge
 from doremi_mix.distributed import Processes, join_processes
 from doremi_mix.errors import ConfigError, DataError, RunDirectoryError
@@ -161,6 +162,7 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     check_vocab_size(config.tokenize.vocab_size, given=config.tokenize.tokenizer)
     check_reference_weights(config, names)
     check_proxy_batch(config, len(names))
+    check_seeds(config)
     for section in ("reference", "proxy"):
         settings = getattr(config, section)
         parts = settings.gradient_accumulation_steps or 1
@@ -171,6 +173,32 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
             )
         check_model_name(settings.model, f"{section}.model")
         check_adapters(settings, section)
+
+
+def check_entered_weights(config: Config) -> None:
+    """Finds now whether the files of weights that compare and mixture are to take can serve.
+
+    Raises:
+        ConfigError: the name of a mixture is taken, or ``mixture.weights`` is no word that is known and no file.
+        DataError: a file holds no domain weights for these domains.
+    """
+    entered = dict(config.compare.also)
+    for name in entered:
+        if name in MIXTURE_WORDS or not name or "/" in name or name.startswith("."):
+            raise ConfigError(f"compare.also: {name!r} cannot be the name of a mixture; choose another")
+    wanted = config.mixture.weights
+    if wanted not in MIXTURE_WORDS and wanted not in entered:
+        if not Path(wanted).exists():
+            raise ConfigError(
+                f"mixture.weights: {wanted!r} is none of {', '.join([*MIXTURE_WORDS, *entered])}, and no file"
+            )
+        entered[wanted] = wanted
+    if entered:
+        from doremi_mix.stages.weights import weights_from
+
+        names = [source.name for source in list_sources(config)]
+        for path in entered.values():
+            weights_from(Path(path), names)
 
 
 @contextlib.contextmanager
@@ -188,11 +216,13 @@ def open_run(
 
     Raises:
         ConfigError: a setting is wrong; nothing was written.
+        DataError: a file of weights cannot serve; nothing was written.
         SourceNotFoundError: a source is missing; nothing was written.
         RunDirectoryError: the folder is in use or is something else.
     """
     run = RunDirectory(path)
     config, hardware = resolve(given, run, where)
+    check_entered_weights(config)
     if needs_sources:
         peek_sources(config)
     # As it was understood: plain values, whatever the caller's types.

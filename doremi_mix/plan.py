@@ -29,6 +29,9 @@ CUDA_BATCH_SIZE = 64
 CPU_BATCH_SIZE = 24
 CUDA_COMPARE_BATCH_SIZE = 32
 CPU_COMPARE_BATCH_SIZE = 8
+LEAST_STEPS = 100
+USUAL_FILL = 0.9
+"""Share of a packed sequence that is not padding."""
 CHECKPOINT_LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4
 EMBEDDING_FACTOR = 10
@@ -86,9 +89,21 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
             "tokenizer": config.tokenize.tokenizer or (None if model in PRESETS or is_config_only(model) else model),
         }
     )
+    assert tokenize.context_length is not None
+    by_headroom = config.proxy.method == "headroom"
     least = CUDA_BATCH_SIZE if on_gpu else CPU_BATCH_SIZE
-    batch_size = reference.batch_size or config.proxy.batch_size or max(least, 2 * num_domains)
-    steps = reference.steps or config.proxy.steps or (CUDA_STEPS if on_gpu else CPU_STEPS)
+    full_batch = max(least, 2 * num_domains)
+    full_steps = CUDA_STEPS if on_gpu else CPU_STEPS
+    most_tokens = full_steps * full_batch * tokenize.context_length
+    if by_headroom:
+        # Only an average over many batches counts, and small batches make more of few tokens.
+        full_batch = max(CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE, num_domains)
+    batch_size = reference.batch_size or config.proxy.batch_size or full_batch
+    if by_headroom:
+        # Slopes differ along a learning curve: those at the end of the main training count.
+        budget = min(config.proxy.token_budget or most_tokens, most_tokens)
+        full_steps = max(LEAST_STEPS, round(budget / (USUAL_FILL * batch_size * tokenize.context_length)))
+    steps = reference.steps or (2 * (config.proxy.steps or 0) if by_headroom else config.proxy.steps) or full_steps
 
     def rate(name: str, lora_rank: int | None) -> float:
         if lora_rank is not None:
@@ -128,14 +143,19 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
 
     # A model that the reference has from the proxy comes with its adapters.
     donor = config.proxy if reference.model is None and config.proxy.model is not None else reference
-    new_reference = reference.model_copy(update=filled(reference, reference, donor))
-    new_proxy = config.proxy.model_copy(update=filled(config.proxy, new_reference, new_reference))
+    own_weights = {"weights": reference.weights or ("uniform" if by_headroom else "natural")}
+    new_reference = reference.model_copy(update=filled(reference, reference, donor) | own_weights)
+    proxy = config.proxy
+    if by_headroom and proxy.steps is None:
+        # Headroom is what the other half of the reference's training brought.
+        assert new_reference.steps is not None
+        proxy = proxy.model_copy(update={"steps": max(1, new_reference.steps // 2)})
+    new_proxy = proxy.model_copy(update=filled(proxy, new_reference, new_reference))
     compare = config.compare
     # Plain training needs no batch that holds every domain, and small batches make more of few tokens.
     own_batch = {"batch_size": compare.batch_size or (CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE)}
-    assert new_proxy.steps and new_proxy.batch_size and tokenize.context_length
-    most = new_proxy.steps * new_proxy.batch_size * tokenize.context_length
-    own_budget = {"token_budget": compare.token_budget or min(config.mixture.token_budget or most, most)}
+    wanted = config.mixture.token_budget or config.proxy.token_budget or most_tokens
+    own_budget = {"token_budget": compare.token_budget or min(wanted, most_tokens)}
     return config.model_copy(
         update={
             "tokenize": tokenize,

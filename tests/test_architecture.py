@@ -13,7 +13,19 @@ from doremi_mix.stages import STAGES
 PACKAGE = Path(doremi_mix.__file__).parent
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # What the core may not know of: settings, run directories, stages, the command line.
-SHELL = ("config", "config_file", "checks", "run", "stages", "cli", "pipeline", "summary", "plan", "replicas", "distributed")
+SHELL = (
+    "config",
+    "config_file",
+    "checks",
+    "run",
+    "stages",
+    "cli",
+    "pipeline",
+    "summary",
+    "plan",
+    "replicas",
+    "distributed",
+)
 CORE = [
     path
     for path in MODULES

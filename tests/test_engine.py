@@ -5,9 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from doremi_mix import engine, loss
+from doremi_mix.dro import GroupDRO
 from doremi_mix.engine import EngineSettings, is_sharded, make_accelerator, prepare, with_host_facts
 from doremi_mix.models import TokenInfo, build_model
-from doremi_mix.objectives import GroupDROObjective, PlainObjective, forward
+from doremi_mix.objectives import PlainObjective, ProxyObjective, forward
 from doremi_mix.types import Domains
 
 
@@ -137,7 +138,7 @@ class Asked(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "objective",
-    [PlainObjective(), GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)],
+    [PlainObjective(), ProxyObjective(Domains(("a", "b", "c")), GroupDRO(step_size=1.0, smoothing=1e-3))],
     ids=["plain", "dro"],
 )
 def test_a_step_never_asks_the_device(model, batch, objective, monkeypatch):

@@ -23,12 +23,41 @@ def test_nothing_is_left_open():
 
 
 def test_every_domain_is_in_every_batch_twice():
-    assert chosen(num_domains=20).proxy.batch_size == 40
-    assert chosen(num_domains=200, hardware="cuda").proxy.batch_size == 400
+    doremi = {"method": "doremi"}
+    assert chosen(num_domains=20, proxy=doremi).proxy.batch_size == 40
+    assert chosen(num_domains=200, hardware="cuda", proxy=doremi).proxy.batch_size == 400
+
+
+def test_headroom_is_learned_at_the_length_of_the_main_training():
+    config = chosen(num_domains=20, proxy={"token_budget": 1_000_000})
+    assert config.reference.batch_size == config.proxy.batch_size == 20
+    tokens = config.reference.steps * 20 * 256 * 0.9
+    assert tokens == pytest.approx(1_000_000, rel=0.01)
+    assert config.proxy.steps == config.reference.steps // 2
+    # Never longer than the hardware gives, nor so short that nothing is averaged.
+    without = chosen(num_domains=20).reference.steps
+    assert without == chosen(num_domains=20, proxy={"token_budget": 10**12}).reference.steps
+    assert chosen(num_domains=20, proxy={"token_budget": 10}).reference.steps == 100
+    assert chosen(proxy={"steps": 30}).reference.steps == 60
+
+
+def test_each_method_has_its_reference_weights():
+    assert chosen().reference.weights == "uniform"
+    assert chosen(proxy={"method": "doremi"}).reference.weights == "natural"
+    assert chosen(reference={"weights": "natural"}).reference.weights == "natural"
+
+
+def test_fresh_embeddings_learn_faster():
+    assert chosen().reference.embedding_learning_rate == pytest.approx(20 * PRESETS["tiny"].learning_rate)
+    assert chosen(reference={"learning_rate": 1e-3}).proxy.embedding_learning_rate == pytest.approx(2e-2)
+    assert chosen(reference={"embedding_learning_rate": 0.5}).compare.embedding_learning_rate == 0.5
+    config = chosen(reference={"model": "somebody/checkpoint"})
+    assert config.reference.embedding_learning_rate == config.reference.learning_rate
 
 
 def test_the_proxy_is_like_the_reference_unless_told():
-    config = chosen(reference={"model": "small", "steps": 7, "batch_size": 50, "learning_rate": 0.5})
+    reference = {"model": "small", "steps": 7, "batch_size": 50, "learning_rate": 0.5}
+    config = chosen(reference=reference, proxy={"method": "doremi"})
     assert config.proxy.model_dump(include={"model", "steps", "batch_size", "learning_rate"}) == {
         "model": "small",
         "steps": 7,

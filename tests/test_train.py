@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from doremi_mix.dro import GroupDRO
 from doremi_mix.engine import make_accelerator
 from doremi_mix.models import TokenInfo, build_model
-from doremi_mix.objectives import GroupDROObjective, PlainObjective
+from doremi_mix.objectives import PlainObjective, ProxyObjective
 from doremi_mix.train import TrainingPlan
 from doremi_mix.types import Domains
 
@@ -40,7 +41,7 @@ def gradients(objective, model, batches):
 
 @pytest.mark.parametrize(
     "make",
-    [PlainObjective, lambda: GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)],
+    [PlainObjective, lambda: ProxyObjective(Domains(("a", "b", "c")), GroupDRO(step_size=1.0, smoothing=1e-3))],
 )
 def test_two_micro_batches_equal_one(make, model_config):
     model = build_model(str(model_config), TokenInfo(50, 1, 0), 12, seed=0)
@@ -58,7 +59,7 @@ def test_alpha_is_from_this_batch_and_weights_its_gradient(model_config):
     """alpha_t is computed from batch t before the gradient of batch t uses it."""
     model = build_model(str(model_config), TokenInfo(50, 1, 0), 12, seed=0)
     batch = batch_of(9)
-    objective = GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)
+    objective = ProxyObjective(Domains(("a", "b", "c")), GroupDRO(step_size=1.0, smoothing=1e-3))
     logged, got = gradients(objective, model, [batch])
     weights_K = logged[0]
     assert not torch.allclose(weights_K, torch.full((3,), 1 / 3, dtype=torch.float64))
@@ -75,13 +76,13 @@ def test_alpha_is_from_this_batch_and_weights_its_gradient(model_config):
 
 def test_the_objectives_state_survives_a_checkpoint(model_config):
     model = build_model(str(model_config), TokenInfo(50, 1, 0), 12, seed=0)
-    objective = GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)
+    objective = ProxyObjective(Domains(("a", "b", "c")), GroupDRO(step_size=1.0, smoothing=1e-3))
     gradients(objective, model, [batch_of(9)])
-    other = GroupDROObjective(Domains(("a", "b", "c")), step_size=1.0, smoothing=1e-3)
+    other = ProxyObjective(Domains(("a", "b", "c")), GroupDRO(step_size=1.0, smoothing=1e-3))
     other.restore(objective.state())
-    assert other.dro.num_updates == 1
-    assert torch.equal(other.dro.weights_K, objective.dro.weights_K)
-    assert torch.equal(other.dro.weight_sum_K, objective.dro.weight_sum_K)
+    assert other.learned.num_updates == 1
+    assert torch.equal(other.learned.weights_K, objective.learned.weights_K)
+    assert torch.equal(other.learned.weight_sum_K, objective.learned.weight_sum_K)
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth():

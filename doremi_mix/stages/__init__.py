@@ -109,7 +109,7 @@ def _reference_outputs(folder: Path) -> tuple[str, ...]:
 
 def _draw_settings(config: Config) -> Any:
     """What decides which sequences the proxy draws, and so whose reference losses are needed."""
-    return config.proxy.model_dump(include={"seed", "steps", "batch_size"})
+    return config.proxy.model_dump(include={"method", "seed", "steps", "batch_size"})
 
 
 def _proxy_settings(config: Config) -> Any:
@@ -135,7 +135,7 @@ def _budget_settings(config: Config) -> Any:
 def _mixture_settings(config: Config) -> Any:
     settings = config.mixture.result_settings()
     if settings["weights"] not in MIXTURE_WORDS:
-        settings["weights"] = _contents_of(settings["weights"])
+        settings["weights"] = _contents_of(config.compare.also.get(settings["weights"], settings["weights"]))
     if settings["weights"] == "temperature":
         settings["temperature"] = config.compare.temperature
     return settings
@@ -186,7 +186,7 @@ STAGES: tuple[Stage, ...] = (
         "proxy",
         ("tokenize", "reference_losses"),
         _proxy_settings,
-        "train the proxy model with group DRO, which moves the domain weights",
+        "train the proxy model, whose excess losses over the reference model become domain weights",
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
@@ -367,7 +367,7 @@ def run_pipeline(config: Config, run: RunDirectory, narrator: Narrator, processe
             _run_replicas(PER_REPLICA, config, run, narrator, processes)
             continue
         run_stage(stage, config, run, narrator, processes)
-        if stage.name == "tokenize" and config.mixture.token_budget is not None:
+        if stage.name == "tokenize":
             # Now, and not after hours of training.
             check_budget(config, run)
 
@@ -387,6 +387,11 @@ def _run_replicas(
     before = None
     for round_ in range(1, config.weights.max_rounds + 1):
         round_replicas = replicas_of_round(config, run, round_, before)
+        first = PER_REPLICA[0]
+        if before is not None and first not in names and round_replicas[0].run.manifest(first) is None:
+            # A single stage of a round that has not begun.
+            narrator.say(f"round {round_} begins with: doremi-mix {first} --run-dir {shlex.quote(str(run.path))}")
+            return
         for replica in round_replicas:
             for name in names:
                 if replica.wants(name):

@@ -21,7 +21,7 @@ from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import CHECKPOINT
 from doremi_mix.comparison import Comparison, compare_mixtures
 from doremi_mix.config import CompareConfig, Config
-from doremi_mix.errors import ConfigError
+from doremi_mix.errors import BudgetError
 from doremi_mix.mixture import allocate
 from doremi_mix.models import forget_base
 from doremi_mix.objectives import PlainObjective
@@ -44,7 +44,6 @@ from doremi_mix.types import Allocation
 RESULTS_FILE = "results.json"
 SCORES_FILE = "scores.npy"
 BASELINES = ("natural", "uniform", "temperature")
-RESERVED = ("learned", *BASELINES, "best")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,14 @@ def run(context: StageContext) -> str:
         # Seed after seed, so that what an interrupted comparison has is balanced.
         for seed in seeds:
             ids_by_domain, available = _available(config, store, budget, seed)
-            for name, weights in mixtures.items():
-                planned = plan_training_set(config, store, weights, available, ids_by_domain, budget)
-                allocations.setdefault(name, planned.allocation)
-                _train_one(context, store, f"{name}/seed-{seed}", seed, planned, ids_by_domain)
+            # All before the first is trained: one that the budget is too large for should not cost hours.
+            planned = {
+                name: plan_training_set(config, store, name, weights, available, ids_by_domain, budget)
+                for name, weights in mixtures.items()
+            }
+            allocations = allocations or {name: one.allocation for name, one in planned.items()}
+            for name, training_set in planned.items():
+                _train_one(context, store, f"{name}/seed-{seed}", seed, training_set, ids_by_domain)
     finally:
         forget_base()
     if not context.processes.is_main:
@@ -100,16 +103,14 @@ def entrants(config: Config, run: RunDirectory, store: TokenStore) -> dict[str, 
     """Returns the mixtures to compare: learned, the plain ones, and those that the user enters.
 
     Raises:
-        ConfigError: a name is taken, or a file holds no domain weights for these domains.
+        DataError: a file holds no domain weights for these domains.
     """
     available = available_tokens(store)
     mixtures: dict[str, Mapping[str, float]] = {"learned": read_weights(run).domain_weights}
     for name in BASELINES:
         mixtures[name] = plain_weights(name, available, config.compare.temperature)
     for name, path in config.compare.also.items():
-        if name in RESERVED or not name or "/" in name or name.startswith("."):
-            raise ConfigError(f"compare.also: {name!r} cannot be the name of a mixture; choose another")
-        mixtures[name] = weights_from(Path(path), store)
+        mixtures[name] = weights_from(Path(path), store.domains.names)
     return mixtures
 
 
@@ -136,17 +137,25 @@ def _available(
 def plan_training_set(
     config: Config,
     store: TokenStore,
+    name: str,
     weights: Mapping[str, float],
     available: Mapping[str, int],
     ids_by_domain: list[NDArray[np.int64]],
     budget: int,
 ) -> TrainingSet:
-    """Turns weights into packed sequences: the budget under the epoch cap, in tokens as the small model sees them."""
+    """Turns weights into packed sequences: the budget under the epoch cap, in tokens as the small model sees them.
+
+    Raises:
+        BudgetError: the domains to which the mixture gives a weight cannot fill the budget.
+    """
     section = config.compare
     assert section.batch_size
-    allocation = allocate(weights, available, budget, config.mixture.max_epochs)
+    try:
+        allocation = allocate(weights, available, budget, config.mixture.max_epochs)
+    except BudgetError as error:
+        raise BudgetError(f"compare: mixture {name!r}: {error}") from None
     num_sequences_K = np.array(
-        [round(allocation.epochs(name) * len(ids)) for name, ids in zip(store.domains, ids_by_domain, strict=True)]
+        [round(allocation.epochs(domain) * len(ids)) for domain, ids in zip(store.domains, ids_by_domain, strict=True)]
     )
     # The same number of steps for all: mixtures whose sequences are less full have a few more in each batch.
     per_sequence = sum(available.values()) / sum(len(ids) for ids in ids_by_domain)

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from doremi_mix.config import MIXTURE_WORDS, Config
 from doremi_mix.errors import BudgetError, ConfigError
-from doremi_mix.mixture import allocate, draw_examples, mixture_order
+from doremi_mix.mixture import allocate, draw_examples, mixture_order, uniform_weights
 from doremi_mix.progress import Tracker
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_rows
-from doremi_mix.stages.training import available_tokens, open_store
+from doremi_mix.stages.training import available_tokens, open_store, weight_caps
 from doremi_mix.stages.weights import plain_weights, read_weights, weights_from
 from doremi_mix.store import TokenStore
 from doremi_mix.types import Allocation, DomainWeights
@@ -40,10 +40,11 @@ DOMAIN_KEY = "domain"
 
 def check_budget(config: Config, run: RunDirectory) -> None:
     """Raises BudgetError when no weights could meet the budget, before anything is trained."""
-    assert config.mixture.token_budget is not None
-    available = available_tokens(open_store(run))
-    uniform = dict.fromkeys(available, 1 / len(available))
-    allocate(uniform, available, config.mixture.token_budget, config.mixture.max_epochs)
+    store = open_store(run)
+    if config.mixture.token_budget is not None:
+        available = available_tokens(store)
+        allocate(uniform_weights(available), available, config.mixture.token_budget, config.mixture.max_epochs)
+    weight_caps(config, store)
 
 
 def run(context: StageContext) -> str:
@@ -95,7 +96,7 @@ def _chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, fl
     if wanted in MIXTURE_WORDS:
         return plain_weights(wanted, available_tokens(store), context.config.compare.temperature)
     entered = context.config.compare.also.get(wanted)
-    return weights_from(Path(entered or wanted), store)
+    return weights_from(Path(entered or wanted), store.domains.names)
 
 
 def _say_verdict(context: StageContext, learned: DomainWeights) -> None:

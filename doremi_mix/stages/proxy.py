@@ -7,9 +7,13 @@ domain).
 
 from __future__ import annotations
 
-from doremi_mix.dro import average_weights
+from torch import Tensor
+
+from doremi_mix.config import ProxyConfig
+from doremi_mix.dro import GroupDRO
+from doremi_mix.headroom import Headroom
 from doremi_mix.models import forget_base
-from doremi_mix.objectives import GroupDROObjective
+from doremi_mix.objectives import Learner, ProxyObjective
 from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.reference_losses import ReferenceLosses
@@ -27,12 +31,7 @@ def run(context: StageContext) -> str:
     section = context.config.proxy
     store = open_store(context.run)
     schedule = proxy_schedule(context.config, store)
-    objective = GroupDROObjective(
-        store.domains,
-        step_size=section.step_size,
-        smoothing=section.smoothing,
-        max_weights_K=weight_caps(context.config, store),
-    )
+    objective = ProxyObjective(store.domains, _learner(section, weight_caps(context.config, store)))
     cached = ReferenceLosses(context.run.stage_path("reference_losses"))
     try:
         model, losses = train_and_score(context, section, objective, schedule, cached.read)
@@ -40,9 +39,16 @@ def run(context: StageContext) -> str:
         # No later stage needs the base of adapters.
         forget_base()
     if context.processes.is_main:
-        average_K = average_weights(objective.dro).tolist()
+        average_K = objective.result().tolist()
         write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))
         write_metrics(context, losses, schedule, store.domains, model)
         top = max(range(len(average_K)), key=average_K.__getitem__)
         return f"largest average weight {average_K[top]:.3f} on {store.domains.names[top]}"
     return ""
+
+
+def _learner(section: ProxyConfig, max_weights_K: Tensor | None) -> Learner:
+    """Returns the rule that the settings ask for."""
+    if section.method == "headroom":
+        return Headroom(power=section.power, smoothing=section.smoothing, max_weights_K=max_weights_K)
+    return GroupDRO(step_size=section.step_size, smoothing=section.smoothing, max_weights_K=max_weights_K)

@@ -23,9 +23,10 @@ from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import whole_state
 from doremi_mix.config import Config, ReferenceConfig, TrainingConfig
 from doremi_mix.engine import EngineSettings, is_sharded, to_device, with_host_facts
+from doremi_mix.errors import BudgetError
 from doremi_mix.evaluation import score_sequences, summarize_losses
 from doremi_mix.folds import Folds
-from doremi_mix.mixture import natural_weights
+from doremi_mix.mixture import natural_weights, uniform_weights
 from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model, undo_compile
 from doremi_mix.objectives import Objective, counted, forward
 from doremi_mix.plan import accumulation, base_dtype, new_model
@@ -37,6 +38,8 @@ from doremi_mix.tracking import TrackingSettings, open_trackers
 from doremi_mix.train import TrainingPlan, load_batch, train
 from doremi_mix.types import DomainLoss, Domains
 
+OTHER_ORDER = 0x9E3779B9
+"""Makes of a seed, bit by bit, one that nobody types."""
 SCORE_TOKENS = 16_384
 """Tokens in one forward pass without gradient."""
 
@@ -70,19 +73,28 @@ def reference_weights(config: Config, store: TokenStore) -> dict[str, float]:
     if wanted == "natural":
         return natural_weights(available_tokens(store))
     if wanted == "uniform":
-        return dict.fromkeys(names, 1 / len(names))
+        return uniform_weights(names)
     assert isinstance(wanted, dict)
     total = math.fsum(wanted.values())
     return {name: wanted[name] / total for name in names}
 
 
 def weight_caps(config: Config, store: TokenStore) -> Tensor | None:
-    """Returns the largest weight of each domain that the token budget can use, shape [K]; None without a budget."""
+    """Returns the largest weight of each domain that the token budget can use, shape [K]; None without a budget.
+
+    Raises:
+        BudgetError: all domains together cannot fill it.
+    """
     budget = config.proxy.token_budget
     if budget is None:
         return None
-    available_K = torch.tensor(store.available_tokens)
-    return max_weights(available_K, budget, config.mixture.max_epochs)
+    most = int(config.mixture.max_epochs * sum(store.available_tokens))
+    if budget > most:
+        raise BudgetError(
+            f"proxy.token_budget is {budget:,}, more than the {most:,} tokens of all domains, each drawn at most "
+            f"{config.mixture.max_epochs:g} times; lower it or raise mixture.max_epochs"
+        )
+    return max_weights(torch.tensor(store.available_tokens), budget, config.mixture.max_epochs)
 
 
 def make_schedule(
@@ -100,8 +112,15 @@ def make_schedule(
 
 
 def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
-    """Plans the proxy's draws: uniform over domains, every domain in every batch."""
-    return make_schedule(store, dict.fromkeys(store.domains, 1 / len(store.domains)), config.proxy)
+    """Plans the proxy's draws: for group DRO uniform over domains, every domain in every batch.
+
+    Headroom compares two lengths of one training, so its proxy draws from the reference's mixture, in another order: what
+    the reference was trained on, it knows better than there is to learn.
+    """
+    if config.proxy.method == "headroom":
+        order = config.proxy.model_copy(update={"seed": config.proxy.seed ^ OTHER_ORDER})
+        return make_schedule(store, reference_weights(config, store), order)
+    return make_schedule(store, uniform_weights(store.domains), config.proxy)
 
 
 def read_folds(run: RunDirectory, store: TokenStore) -> Folds:

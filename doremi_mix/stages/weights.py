@@ -6,11 +6,13 @@ Writes ``domain_weights.json`` (the product: see ``types.DomainWeights``), ``dia
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,30 +185,53 @@ def plain_weights(name: str, available: Mapping[str, int], temperature: float) -
     return uniform_weights(available) if name == "uniform" else temperature_weights(available, temperature)
 
 
-def weights_from(path: Path, store: TokenStore) -> Mapping[str, float]:
-    """Reads domain weights from a file: ours, or a plain object of domain and weight.
+def weights_from(path: Path, names: Sequence[str]) -> Mapping[str, float]:
+    """Reads domain weights from a file: ours, or a plain object of domain and weight, in any unit.
+
+    Args:
+        path: the file.
+        names: the domains of the run.
+
+    Returns:
+        Weights in the order of the domains; they sum to 1.
 
     Raises:
         DataError: the file is missing, is not JSON, or has not the weights of these domains.
     """
     try:
-        data = read_json(path)
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give a domain_weights.json") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise DataError(f"{path}: is not JSON ({error}); give a domain_weights.json, or {{domain: weight}}") from None
     try:
         if isinstance(data, dict) and "format" not in data:
-            total = math.fsum(data.values())
-            data = {name: value / total for name, value in data.items()}
-            weights: Mapping[str, float] = DomainWeights(domain_weights=data, reference_weights=data).domain_weights
+            weights = _as_shares(data)
         else:
-            weights = DomainWeights.from_dict(data).domain_weights
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+            weights = dict(DomainWeights.from_dict(data).domain_weights)
+    except ValueError as error:
         raise DataError(f"{path}: {error}; give a domain_weights.json, or {{domain: weight}}") from None
-    names = store.domains.names
     for name in sorted(set(weights) ^ set(names)):
         problem = "has no weight" if name in names else "is no domain of this run"
         raise DataError(f"{path}: {name!r} {problem}; give one weight to each of {list(names)}")
     return {name: weights[name] for name in names}
+
+
+def _as_shares(weights: Mapping[str, Any]) -> dict[str, float]:
+    """Returns plain weights, in any unit, as shares that sum to 1.
+
+    Raises:
+        ValueError: one is no number, is not finite or is negative, or all are 0.
+    """
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"the weight of {name!r} must be a number, got {weight!r}")
+        if not math.isfinite(weight) or weight < 0:
+            raise ValueError(f"the weight of {name!r} must be finite and at least 0, got {weight}")
+    total = math.fsum(weights.values())
+    if total == 0:
+        raise ValueError("no weight is above 0")
+    return {name: weight / total for name, weight in weights.items()}
 
 
 def _shares(learned: Mapping[str, float], store: TokenStore) -> dict[str, dict[str, float]]:

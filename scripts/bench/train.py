@@ -33,9 +33,10 @@ from torch import Tensor
 
 import doremi_mix.train
 from doremi_mix.batches import Schedule
+from doremi_mix.dro import GroupDRO
 from doremi_mix.engine import EngineSettings, make_accelerator, prepare, to_device, with_host_facts
 from doremi_mix.models import TokenInfo, TokenLossModel, build_model, num_parameters
-from doremi_mix.objectives import GroupDROObjective, MicroBatch, Objective, PlainObjective, forward
+from doremi_mix.objectives import MicroBatch, Objective, PlainObjective, ProxyObjective, forward
 from doremi_mix.presets import PRESETS
 from doremi_mix.progress import Narrator
 from doremi_mix.train import TrainingPlan, train
@@ -154,8 +155,8 @@ def print_line(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def dro_objective() -> GroupDROObjective:
-    return GroupDROObjective(Domains(tuple(map(str, range(NUM_DOMAINS)))), step_size=1.0, smoothing=1e-3)
+def dro_objective() -> ProxyObjective:
+    return ProxyObjective(Domains(tuple(map(str, range(NUM_DOMAINS)))), GroupDRO())
 
 
 def shape_of(preset: str) -> tuple[int, int, int]:
