@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from doremi_mix.bpe import SMALLEST_VOCABULARY
-from doremi_mix.config import Config, TrainingConfig
+from doremi_mix.config import MIXTURE_WORDS, Config, TrainingConfig
 from doremi_mix.errors import ConfigError, ModelError
 from doremi_mix.presets import PRESETS, is_config_only
 
@@ -54,6 +54,26 @@ def check_seeds(config: Config) -> None:
         raise ConfigError(
             "weights.shrink is evidence, that is by the spread over seeds, but weights.num_seeds is 1; raise it to 3"
         )
+
+
+def check_evidence(config: Config) -> None:
+    """Raises ConfigError when the spread over seeds is to decide, and there is one seed."""
+    if config.weights.shrink == "evidence" and config.weights.num_seeds < 2:
+        raise ConfigError(
+            "weights.shrink is evidence, which is the spread over seeds, but weights.num_seeds is 1; raise it to 3 or "
+            "give a number from 0 to 1"
+        )
+
+
+def check_mixture_weights(config: Config) -> None:
+    """Raises ConfigError when mixture.weights is no word, no entered mixture and no file."""
+    wanted = config.mixture.weights
+    if wanted in MIXTURE_WORDS or wanted in config.compare.also or Path(wanted).expanduser().is_file():
+        return
+    raise ConfigError(
+        f"mixture.weights: {wanted!r} is none of {', '.join(MIXTURE_WORDS)}, and no file; give one of these words or a "
+        "domain_weights.json"
+    )
 
 
 def check_adapters(section: TrainingConfig, name: str) -> None:

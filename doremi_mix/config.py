@@ -229,11 +229,12 @@ class WeightsConfig(Section):
         json_schema_extra=_NO_RESULT,
         description="stop the rounds when no weight differs by more from the reference weights (the paper's rule)",
     )
-    shrink: Share | Literal["evidence"] = Field(
-        default=0.0,
-        description="pull toward shrink_toward: 0 not at all, 1 entirely, evidence: by the spread over seeds",
+    shrink: Share | Literal["evidence"] | None = Field(
+        default=None,
+        description="pull toward shrink_toward: 0 not at all, 1 entirely, evidence: by the spread over seeds; null: "
+        "0.5 for proxy.method headroom, 0 for doremi",
     )
-    shrink_toward: Literal["uniform", "natural"] = Field(default="natural", description="the plain mixture to pull to")
+    shrink_toward: Literal["uniform", "natural"] = Field(default="uniform", description="the plain mixture to pull to")
     shrink_kind: Literal["linear", "kl"] = Field(
         default="linear", description="linear: an arithmetic mean; kl: a geometric one"
     )

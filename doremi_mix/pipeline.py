@@ -12,6 +12,8 @@ from typing import Any
 
 from doremi_mix.checks import (
     check_adapters,
+    check_evidence,
+    check_mixture_weights,
     check_model_name,
     check_proxy_batch,
     check_reference_weights,
@@ -163,7 +165,9 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     check_reference_weights(config, names)
     check_proxy_batch(config, len(names))
     check_seeds(config)
-    for section in ("reference", "proxy"):
+    check_evidence(config)
+    check_mixture_weights(config)
+    for section in ("reference", "proxy", "compare"):
         settings = getattr(config, section)
         parts = settings.gradient_accumulation_steps or 1
         if settings.batch_size < parts:

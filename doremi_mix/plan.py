@@ -29,6 +29,8 @@ CUDA_BATCH_SIZE = 64
 CPU_BATCH_SIZE = 24
 CUDA_COMPARE_BATCH_SIZE = 32
 CPU_COMPARE_BATCH_SIZE = 8
+HEADROOM_SHRINK = 0.5
+"""What scripts/study found: half of the way from uniform to the headroom is better than all of it."""
 LEAST_STEPS = 100
 USUAL_FILL = 0.9
 """Share of a packed sequence that is not padding."""
@@ -156,11 +158,15 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
     own_batch = {"batch_size": compare.batch_size or (CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE)}
     wanted = config.mixture.token_budget or config.proxy.token_budget or most_tokens
     own_budget = {"token_budget": compare.token_budget or min(wanted, most_tokens)}
+    shrink = config.weights.shrink
+    if shrink is None:
+        shrink = HEADROOM_SHRINK if by_headroom else 0.0
     return config.model_copy(
         update={
             "tokenize": tokenize,
             "reference": new_reference,
             "proxy": new_proxy,
+            "weights": config.weights.model_copy(update={"shrink": shrink}),
             "compare": compare.model_copy(update=filled(compare, new_proxy, new_proxy) | own_batch | own_budget),
         }
     )

@@ -114,8 +114,8 @@ def make_schedule(
 def proxy_schedule(config: Config, store: TokenStore) -> Schedule:
     """Plans the proxy's draws: for group DRO uniform over domains, every domain in every batch.
 
-    Headroom compares two lengths of one training, so its proxy draws from the reference's mixture, in another order: what
-    the reference was trained on, it knows better than there is to learn.
+    Headroom compares two lengths of one training, so its proxy draws from the reference's mixture, but in another
+    order: what the reference was trained on, it knows better than there is to learn.
     """
     if config.proxy.method == "headroom":
         order = config.proxy.model_copy(update={"seed": config.proxy.seed ^ OTHER_ORDER})

@@ -98,7 +98,7 @@ def pull_and_cap(
     target_K = torch.tensor(list(plain.values()), dtype=torch.float64)
     learned_RK = torch.from_numpy(weights_RK)
     by_evidence = settings.shrink == "evidence"
-    strength = float(shrink_by_evidence(learned_RK, target_K)[1]) if by_evidence else float(settings.shrink)
+    strength = float(shrink_by_evidence(learned_RK, target_K)[1]) if by_evidence else float(settings.shrink or 0)
     pulled = [shrink_weights(weights_K, target_K, strength, kind=settings.shrink_kind) for weights_K in learned_RK]
     caps_K = weight_caps(config, store)
     if caps_K is not None:
