@@ -48,14 +48,6 @@ def check_proxy_batch(config: Config, num_domains: int) -> None:
         )
 
 
-def check_seeds(config: Config) -> None:
-    """Raises ConfigError when the spread over seeds is asked for and there is one seed."""
-    if config.weights.shrink == "evidence" and config.weights.num_seeds < 2:
-        raise ConfigError(
-            "weights.shrink is evidence, that is by the spread over seeds, but weights.num_seeds is 1; raise it to 3"
-        )
-
-
 def check_evidence(config: Config) -> None:
     """Raises ConfigError when the spread over seeds is to decide, and there is one seed."""
     if config.weights.shrink == "evidence" and config.weights.num_seeds < 2:

@@ -68,18 +68,11 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         value = settings.get(key) if isinstance(settings, dict) else None
         if isinstance(settings, dict) and isinstance(value, os.PathLike):
             value = settings[key] = os.fspath(value)
-        if isinstance(settings, dict) and isinstance(value, str) and value not in (*PRESETS, *MIXTURE_WORDS):
+        # A word is a word, also where a file of its name lies about.
+        words = MIXTURE_WORDS if key == "weights" else PRESETS
+        if isinstance(settings, dict) and isinstance(value, str) and value not in words:
             path = folder / Path(value).expanduser()
-            # A word is a word, also where a file of its name lies about.
-            is_word = key == "weights" and value in MIXTURE_WORDS
-            settings[key] = str(path) if path.exists() and not is_word else value
-    compare = result.get("compare")
-    if isinstance(compare, dict) and isinstance(compare.get("also"), dict):
-        entered = compare["also"].items()
-        compare["also"] = {
-            name: str(folder / Path(path).expanduser()) if isinstance(path, str | os.PathLike) else path
-            for name, path in entered
-        }
+            settings[key] = str(path) if path.exists() else value
     entered = result["compare"].get("also") if isinstance(result.get("compare"), dict) else None
     if isinstance(entered, dict):
         for name, path in entered.items():

@@ -48,6 +48,30 @@ def init_headroom(num_domains: int) -> HeadroomState:
 
 
 @torch.no_grad()
+def weights_of(
+    headroom_K: Tensor, *, power: float = 1.0, smoothing: float = 1e-3, max_weights_K: Tensor | None = None
+) -> Tensor:
+    """Returns weights in proportion to headroom: the last two lines of ``step_headroom``.
+
+    Args:
+        headroom_K: in nats per token; below 0 counts as none.
+        power: of the headroom.
+        smoothing: the share of the weights given to uniform.
+        max_weights_K: caps that the weights are projected under; they sum to 1 or more.
+
+    Example:
+        >>> weights_of(torch.tensor([0.3, 0.1, -0.2]), smoothing=0.0).tolist()
+        [0.75, 0.25, 0.0]
+    """
+    raised_K = headroom_K.double().clamp(min=0) ** power
+    total = raised_K.sum()
+    # Nothing to gain anywhere: one for all makes them equal.
+    raised_K = raised_K + (total <= 0)
+    weights_K = (1 - smoothing) * raised_K / raised_K.sum() + smoothing / raised_K.numel()
+    return weights_K if max_weights_K is None else project_onto_caps(weights_K, max_weights_K)
+
+
+@torch.no_grad()
 def step_headroom(
     state: HeadroomState,
     sums: DomainSums,
@@ -102,14 +126,9 @@ def step_headroom(
     share = (LATENESS + 1) / (LATENESS + num_updates)
     excess_K = (1 - share) * state.excess_K.to(sums.excess_K.device) + share * sums.unclipped_excess_K
     num_tokens_K = (1 - share) * state.num_tokens_K.to(sums.excess_K.device) + share * sums.num_tokens_K
-    headroom_K = (excess_K / num_tokens_K.clamp(min=1e-9)).clamp(min=0) ** power
-    num_domains = headroom_K.numel()
-    total = headroom_K.sum()
-    # Nothing to gain anywhere: the smallest number stands for all, and makes them equal.
-    headroom_K = headroom_K + (total <= 0)
-    weights_K = (1 - smoothing) * headroom_K / headroom_K.sum() + smoothing / num_domains
-    if max_weights_K is not None:
-        weights_K = project_onto_caps(weights_K, max_weights_K)
+    weights_K = weights_of(
+        excess_K / num_tokens_K.clamp(min=1e-9), power=power, smoothing=smoothing, max_weights_K=max_weights_K
+    )
     return HeadroomState(weights_K, excess_K, num_tokens_K, num_updates)
 
 
@@ -136,6 +155,20 @@ class Headroom:
         if state.num_updates < 1:
             raise ValueError("there are no weights before the first update")
         return state.weights_K / state.weights_K.sum()
+
+    def corrected(self, state: HeadroomState, held_out: dict[int, float]) -> Tensor:
+        """Returns the weights with the headroom of some domains taken from held-out text.
+
+        Args:
+            state: after the last step.
+            held_out: by domain id, proxy minus reference loss on text that neither was trained on, in nats per token.
+                For domains that the reference repeats: it knows their batches by heart, which is no headroom.
+        """
+        headroom_K = (state.excess_K / state.num_tokens_K.clamp(min=1e-9)).cpu()
+        for domain_id, loss in held_out.items():
+            headroom_K[domain_id] = loss
+        caps_K = None if self.max_weights_K is None else self.max_weights_K.cpu()
+        return weights_of(headroom_K, power=self.power, smoothing=self.smoothing, max_weights_K=caps_K)
 
     def restore(self, state: dict[str, object]) -> HeadroomState:
         """Returns a state from its fields."""

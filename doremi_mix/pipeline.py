@@ -17,7 +17,6 @@ from doremi_mix.checks import (
     check_model_name,
     check_proxy_batch,
     check_reference_weights,
-    check_seeds,
     check_vocab_size,
 )
 from doremi_mix.config import MIXTURE_WORDS, Config, parse_config
@@ -164,7 +163,6 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     check_vocab_size(config.tokenize.vocab_size, given=config.tokenize.tokenizer)
     check_reference_weights(config, names)
     check_proxy_batch(config, len(names))
-    check_seeds(config)
     check_evidence(config)
     check_mixture_weights(config)
     for section in ("reference", "proxy", "compare"):
@@ -183,7 +181,7 @@ def check_entered_weights(config: Config) -> None:
     """Finds now whether the files of weights that compare and mixture are to take can serve.
 
     Raises:
-        ConfigError: the name of a mixture is taken, or ``mixture.weights`` is no word that is known and no file.
+        ConfigError: the name of a mixture is taken.
         DataError: a file holds no domain weights for these domains.
     """
     entered = dict(config.compare.also)
@@ -192,10 +190,6 @@ def check_entered_weights(config: Config) -> None:
             raise ConfigError(f"compare.also: {name!r} cannot be the name of a mixture; choose another")
     wanted = config.mixture.weights
     if wanted not in MIXTURE_WORDS and wanted not in entered:
-        if not Path(wanted).exists():
-            raise ConfigError(
-                f"mixture.weights: {wanted!r} is none of {', '.join([*MIXTURE_WORDS, *entered])}, and no file"
-            )
         entered[wanted] = wanted
     if entered:
         from doremi_mix.stages.weights import weights_from

@@ -145,7 +145,10 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
 
     # A model that the reference has from the proxy comes with its adapters.
     donor = config.proxy if reference.model is None and config.proxy.model is not None else reference
-    own_weights = {"weights": reference.weights or ("uniform" if by_headroom else "natural")}
+    own_weights: dict[str, object] = {"weights": reference.weights or ("uniform" if by_headroom else "natural")}
+    if by_headroom and reference.folds is None:
+        # Where the reference repeats a domain, headroom is measured on held-out text.
+        own_weights["folds"] = 1
     new_reference = reference.model_copy(update=filled(reference, reference, donor) | own_weights)
     proxy = config.proxy
     if by_headroom and proxy.steps is None:

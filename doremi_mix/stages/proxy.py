@@ -7,6 +7,8 @@ domain).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from doremi_mix.config import ProxyConfig
@@ -14,7 +16,7 @@ from doremi_mix.dro import GroupDRO
 from doremi_mix.headroom import Headroom
 from doremi_mix.models import forget_base
 from doremi_mix.objectives import Learner, ProxyObjective
-from doremi_mix.run import write_json
+from doremi_mix.run import read_json, write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.reference_losses import ReferenceLosses
 from doremi_mix.stages.training import (
@@ -24,6 +26,7 @@ from doremi_mix.stages.training import (
     weight_caps,
     write_metrics,
 )
+from doremi_mix.types import DomainLoss, Domains
 
 
 def run(context: StageContext) -> str:
@@ -39,7 +42,7 @@ def run(context: StageContext) -> str:
         # No later stage needs the base of adapters.
         forget_base()
     if context.processes.is_main:
-        average_K = objective.result().tolist()
+        average_K = _learned(context, objective, losses, store.domains).tolist()
         write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))
         write_metrics(context, losses, schedule, store.domains, model)
         top = max(range(len(average_K)), key=average_K.__getitem__)
@@ -52,3 +55,25 @@ def _learner(section: ProxyConfig, max_weights_K: Tensor | None) -> Learner:
     if section.method == "headroom":
         return Headroom(power=section.power, smoothing=section.smoothing, max_weights_K=max_weights_K)
     return GroupDRO(step_size=section.step_size, smoothing=section.smoothing, max_weights_K=max_weights_K)
+
+
+def _learned(
+    context: StageContext, objective: ProxyObjective, losses: Mapping[str, DomainLoss], domains: Domains
+) -> Tensor:
+    """Returns the weights; headroom of domains that the reference repeats is taken from held-out text."""
+    learner = objective.learner
+    if not isinstance(learner, Headroom):
+        return objective.result()
+    reference = read_json(context.run.stage_path("reference") / "metrics.json")
+    if read_json(context.run.stage_path("reference") / "folds.json")["num_folds"] > 1:
+        return objective.result()  # cross-fitted losses are those of text that the reference was not trained on
+    repeated = {
+        name: losses[name].loss - reference["held_out_loss"][name]["loss"]
+        for name, epochs in reference["epochs"].items()
+        if epochs > 1 and name in losses and losses[name].num_tokens
+    }
+    if repeated:
+        context.narrator.say(
+            f"  headroom measured on held-out text, because the reference repeats them: {', '.join(repeated)}"
+        )
+    return learner.corrected(objective.learned, {domains.index(name): loss for name, loss in repeated.items()})
