@@ -39,8 +39,10 @@ def check_reference_weights(config: Config, names: Sequence[str]) -> None:
 
 
 def check_proxy_batch(config: Config, num_domains: int) -> None:
-    """Raises ConfigError when the proxy's batch has fewer sequences than there are domains."""
+    """Raises ConfigError when group DRO's batch has fewer sequences than there are domains."""
     batch_size = config.proxy.batch_size
+    if config.proxy.method != "doremi":
+        return
     if batch_size is not None and batch_size < num_domains:
         raise ConfigError(
             f"proxy.batch_size is {batch_size}, fewer than the {num_domains} domains, each of which must be in every "

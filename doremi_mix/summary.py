@@ -24,7 +24,7 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     Returns:
         ``run_dir``, ``domain_weights`` (the file), ``pictures``, ``mixture`` (the file or None), ``tokens`` (budget and
         drawn, or None), ``held_out_loss`` (average of reference and proxy), ``largest_update`` (the largest weight that
-        a single update gave), ``num_seeds``, ``rank_stability``, ``rounds`` (change of the weights in each),
+        a single update of group DRO gave), ``num_seeds``, ``rank_stability``, ``rounds`` (change of the weights in each),
         ``diagnoses``, ``verdict`` (of compare; empty before) and ``domains`` (rows of the table).
     """
     store = open_store(run)
@@ -35,9 +35,13 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     # A mixture drawn with earlier weights is not part of this result.
     is_current = stage_states(config, run)["mixture"] == "finished"
     allocation = read_json(mixture / "allocation.json") if is_current else None
-    path = read_columns(run.stage_path("proxy") / "trajectory.jsonl", names, ["domain_weights", "excess_loss"])
-    # The mean over the updates, as the weights are.
-    excess = dict(zip(names, path["excess_loss"].mean(axis=0).tolist(), strict=True))
+    columns = ["domain_weights", "excess_loss", "unclipped_excess_loss"]
+    path = read_columns(run.stage_path("proxy") / "trajectory.jsonl", names, columns)
+    # What the weights come from: the mean over the updates, or the end of the training.
+    by_headroom = config.proxy.method == "headroom"
+    late = path["unclipped_excess_loss"][-max(1, len(path["excess_loss"]) // 10) :]
+    excess_TK = late if by_headroom else path["excess_loss"]
+    excess = dict(zip(names, excess_TK.mean(axis=0).tolist(), strict=True))
     product = read_weights(run)
     rows = make_rows(
         natural_weights(available),
@@ -63,7 +67,7 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
         "rounds": product.uncertainty.get("rounds", []),
         "diagnoses": list(product.diagnoses),
         "verdict": dict(product.verdict),
-        "largest_update": _largest_update(path["domain_weights"], names),
+        "largest_update": None if by_headroom else _largest_update(path["domain_weights"], names),
         "domains": rows,
     }
 
@@ -88,6 +92,8 @@ def describe_certainty(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"{summary['num_seeds']} seeds: the weights are their mean, intervals are 95 % of that mean{ranks}"
         )
+    elif summary["largest_update"] is None:
+        lines.append("one run is one draw: another seed gives other weights")
     else:
         largest = summary["largest_update"]
         lines.append(

@@ -75,7 +75,7 @@ def small_settings(model_config):
     return {
         "tokenize": {"vocab_size": 400, "context_length": 64},
         "reference": {"model": str(model_config), "steps": 12, "batch_size": 6, "learning_rate": 0.01},
-        "proxy": {"checkpoint_every": 5},
+        "proxy": {"method": "doremi", "checkpoint_every": 5},
     }
 
 

@@ -107,8 +107,12 @@ def _bounds(ids):
     return ids.start, ids.stop
 
 
+# What learn runs; compare is asked for.
+RUN_STAGES = [name for name in STAGE_NAMES if name != "compare"]
+
+
 def manifests(run_dir):
-    return {name: (run_dir / name / "manifest.json").stat().st_mtime_ns for name in STAGE_NAMES}
+    return {name: (run_dir / name / "manifest.json").stat().st_mtime_ns for name in RUN_STAGES}
 
 
 def test_same_seed_same_bytes_other_seed_other_trajectory(finished_run, corpus, small_settings, tmp_path):
@@ -121,7 +125,7 @@ def test_same_seed_same_bytes_other_seed_other_trajectory(finished_run, corpus, 
     ):
         assert (tmp_path / "same" / name).read_bytes() == (finished_run / name).read_bytes(), name
     shutil.copytree(finished_run, tmp_path / "other")
-    settings = {**small_settings, "proxy": {"seed": 1}}
+    settings = {**small_settings, "proxy": {**small_settings["proxy"], "seed": 1}}
     learn(corpus, tmp_path / "other", token_budget=5000, quiet=True, **settings)
     name = "proxy/trajectory.jsonl"
     assert (tmp_path / "other" / name).read_bytes() != (finished_run / name).read_bytes()
@@ -133,10 +137,13 @@ def test_same_seed_same_bytes_other_seed_other_trajectory(finished_run, corpus, 
         ({}, set()),
         ({"mixture": {"seed": 1}}, {"mixture"}),
         ({"proxy": {"step_size": 0.5}}, {"proxy", "weights", "mixture"}),
+        ({"proxy": {"token_budget": 4000}}, {"proxy", "weights", "mixture"}),
+        ({"weights": {"shrink": 0.5}}, {"weights", "mixture"}),
+        ({"mixture": {"weights": "natural"}}, {"mixture"}),
         ({"proxy": {"seed": 1}}, {"reference_losses", "proxy", "weights", "mixture"}),
         ({"proxy": {"checkpoint_every": 3, "gradient_accumulation_steps": 2}}, set()),
         ({"reference": {"seed": 1}}, {"reference", "reference_losses", "proxy", "weights", "mixture"}),
-        ({"tokenize": {"seed": 1}}, set(STAGE_NAMES) - {"load"}),
+        ({"tokenize": {"seed": 1}}, set(RUN_STAGES) - {"load"}),
         ({"load": {"max_rejected_share": 0.4}, "proxy": {"trust_remote_code": True}}, set()),
     ],
 )
@@ -147,7 +154,33 @@ def test_a_setting_remakes_what_depends_on_it(finished_run, corpus, small_settin
     settings = {key: {**small_settings.get(key, {}), **change.get(key, {})} for key in {*small_settings, *change}}
     learn(corpus, run_dir, token_budget=5000, quiet=True, **settings)
     after = manifests(run_dir)
-    assert {name for name in STAGE_NAMES if before[name] != after[name]} == remade
+    assert {name for name in RUN_STAGES if before[name] != after[name]} == remade
+
+
+def test_headroom_from_files_to_weights(corpus, small_settings, tmp_path):
+    """Half of the reference's steps, the last line of the trajectory, held-out text for what the reference repeats."""
+    reference = {**small_settings["reference"], "steps": 40}
+    settings = {**small_settings, "reference": reference, "proxy": {"checkpoint_every": 7}}
+    weights = learn(corpus, tmp_path / "run", quiet=True, **settings)
+    assert weights.method == "headroom"
+    assert weights.reference_weights == pytest.approx(dict.fromkeys(("fruit", "metal", "水"), 1 / 3))
+    log = read_log(tmp_path / "run" / "proxy" / "trajectory.jsonl")
+    assert len(log) == 20
+    metrics = {stage: read_json(tmp_path / "run" / stage / "metrics.json") for stage in ("reference", "proxy")}
+    losses = {stage: {n: loss["loss"] for n, loss in m["held_out_loss"].items()} for stage, m in metrics.items()}
+    epochs = metrics["reference"]["epochs"]
+    assert epochs["fruit"] < 1 < epochs["水"]
+    average = read_json(tmp_path / "run" / "proxy" / "average.json")
+    held_out = {name: losses["proxy"][name] - losses["reference"][name] for name in average}
+    # Repeated domains stand to each other as their held-out losses do.
+    repeated = [name for name in average if epochs[name] > 1]
+    floor = 1e-3 / 3
+    for name in repeated:
+        ratio = (average[name] - floor) / (average["水"] - floor)
+        assert ratio == pytest.approx(max(held_out[name], 0) / held_out["水"], rel=1e-9)
+    # Exported: half of the way from uniform.
+    for name, weight in average.items():
+        assert weights[name] == pytest.approx(0.5 * weight + 0.5 / 3, abs=1e-12)
 
 
 def test_other_containers_of_the_same_rows_give_the_same_weights(finished_run, corpus, small_settings, tmp_path):
@@ -206,7 +239,7 @@ def test_reference_weights_can_be_given(corpus, small_settings, tmp_path):
 
 def test_a_batch_smaller_than_the_domains_is_refused(corpus, small_settings, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        learn(corpus, tmp_path / "run", quiet=True, **{**small_settings, "proxy": {"batch_size": 2}})
+        learn(corpus, tmp_path / "run", quiet=True, **{**small_settings, "proxy": {"method": "doremi", "batch_size": 2}})
     assert str(caught.value) == (
         "proxy.batch_size is 2, fewer than the 3 domains, each of which must be in every batch; raise it to 3 or more"
     )
