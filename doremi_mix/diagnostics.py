@@ -112,7 +112,12 @@ def diagnose(
         raise ValueError("a weight, loss or count is not finite")
     return (
         *find_reference_worse(names, reference_held_out, proxy_held_out),
-        *find_small_domains(names, proxy_loss_SK, num_sequences_K, batch_size, proxy_held_out),
+        # Headroom of a small domain is measured on held-out text, where nothing is memorized.
+        *(
+            find_small_domains(names, proxy_loss_SK, num_sequences_K, batch_size, proxy_held_out)
+            if method == "doremi"
+            else ()
+        ),
         *find_one_hot(names, weights_SK, excess_SK, smoothing=smoothing, method=method),
         # Only group DRO takes clipped losses.
         *(find_clip_bias(names, excess_SK, unclipped_SK, average_weights_K) if method == "doremi" else ()),

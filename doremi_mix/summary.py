@@ -24,8 +24,8 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     Returns:
         ``run_dir``, ``domain_weights`` (the file), ``pictures``, ``mixture`` (the file or None), ``tokens`` (budget and
         drawn, or None), ``held_out_loss`` (average of reference and proxy), ``largest_update`` (the largest weight that
-        a single update of group DRO gave), ``num_seeds``, ``rank_stability``, ``rounds`` (change of the weights in each),
-        ``diagnoses``, ``verdict`` (of compare; empty before) and ``domains`` (rows of the table).
+        a single update of group DRO gave), ``num_seeds``, ``rank_stability``, ``rounds`` (change of the weights in
+        each), ``diagnoses``, ``verdict`` (of compare; empty before) and ``domains`` (rows of the table).
     """
     store = open_store(run)
     names = store.domains.names

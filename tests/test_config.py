@@ -22,7 +22,7 @@ SOURCES = {"sources": [{"path": "a.json"}, {"path": "b.json"}]}
         ({**SOURCES, "porxy": {}}, "c.yaml: unknown key porxy; did you mean proxy?"),
         (
             {**SOURCES, "mixture": {"zzz": 1}},
-            "c.yaml: unknown key mixture.zzz; known: token_budget, max_epochs, seed",
+            "c.yaml: unknown key mixture.zzz; known: weights, token_budget, max_epochs, seed",
         ),
         (
             {"sources": [{"path": "a.json", "shema": "text"}]},

@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 
 from doremi_mix.dro import DomainSums
 from doremi_mix.headroom import LATENESS, Headroom, init_headroom, step_headroom
+from doremi_mix.uncertainty import mean_intervals
 
 
 def sums_of(excess, tokens=None):
@@ -105,6 +106,25 @@ def test_noisy_slopes_are_found_again():
         batches = slopes * math.log(2) + rng.normal(0, 0.1, (200, 6))
         weights = run(batches.tolist(), smoothing=0.0).weights_K.numpy()
         assert weights == pytest.approx(slopes / slopes.sum(), abs=0.035), seed
+
+
+def test_the_interval_over_seeds_covers_the_truth():
+    """Three seeds each of 100 studies with known slopes: the 95 % intervals of the mean hold the true weights."""
+    slopes = np.linspace(0.2, 0.6, 5)
+    truth = slopes / slopes.sum()
+    rng = np.random.default_rng(0)
+    learned = []
+    for _ in range(300):
+        batches = torch.from_numpy(slopes * math.log(2) + rng.normal(0, 0.08, (60, 5)))
+        state = init_headroom(5)
+        for excess in batches:
+            state = step_headroom(
+                state, DomainSums(excess, excess, excess, excess, torch.ones_like(excess)), smoothing=0
+            )
+        learned.append(state.weights_K.numpy())
+    low, high = mean_intervals(np.array(learned).reshape(100, 3, 5))
+    covered = ((low <= truth) & (truth <= high)).mean()
+    assert 0.91 <= covered <= 0.99
 
 
 def test_the_learner_leaves_the_loss_as_plain_training_has_it():

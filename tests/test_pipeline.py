@@ -239,7 +239,9 @@ def test_reference_weights_can_be_given(corpus, small_settings, tmp_path):
 
 def test_a_batch_smaller_than_the_domains_is_refused(corpus, small_settings, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        learn(corpus, tmp_path / "run", quiet=True, **{**small_settings, "proxy": {"method": "doremi", "batch_size": 2}})
+        learn(
+            corpus, tmp_path / "run", quiet=True, **{**small_settings, "proxy": {"method": "doremi", "batch_size": 2}}
+        )
     assert str(caught.value) == (
         "proxy.batch_size is 2, fewer than the 3 domains, each of which must be in every batch; raise it to 3 or more"
     )
