@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from doremi_mix import comparison
-from doremi_mix.comparison import compare_mixtures, minimum_detectable_difference, seeds_needed
+from doremi_mix.comparison import compare_mixtures
+from doremi_mix.power import minimum_detectable_difference, seeds_needed
 
 COUNTS_K = np.array([40, 30, 60, 25, 80])
 DOMAINS = ("code", "math", "chat", "law", "web")

@@ -26,6 +26,7 @@ from doremi_mix.mixture import allocate
 from doremi_mix.models import forget_base
 from doremi_mix.objectives import PlainObjective
 from doremi_mix.replicas import SEED_MODULUS
+from doremi_mix.power import minimum_detectable_difference
 from doremi_mix.report.comparison_plot import plot_comparison
 from doremi_mix.run import RunDirectory, read_json, write_atomic, write_json
 from doremi_mix.stages import StageContext, free_memory
@@ -217,9 +218,21 @@ def _describe(
             for name, weights in mixtures.items()
         },
         "pairs": [pair.to_dict() for pair in compared.pairs],
+        "detectable_difference": _detectable(compared),
         "verdict": compared.verdict.sentence,
         "verdict_kind": compared.verdict.kind,
         "best": compared.verdict.best,
+    }
+
+
+def _detectable(compared: Comparison) -> dict[str, float]:
+    """Returns, by mixture, the true difference from the learned one that so many seeds find four times in five."""
+    if compared.num_seeds < 2:
+        return {}
+    return {
+        pair.baseline: minimum_detectable_difference(pair.seed_deviation, compared.num_seeds)
+        for pair in compared.pairs
+        if pair.mixture == "learned"
     }
 
 
