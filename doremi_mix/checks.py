@@ -50,6 +50,24 @@ def check_proxy_batch(config: Config, num_domains: int) -> None:
         )
 
 
+def check_headroom(config: Config) -> None:
+    """Raises ConfigError when the proxy is not the reference at half its training, as headroom needs it."""
+    reference, proxy = config.reference, config.proxy
+    if proxy.method != "headroom":
+        return
+    assert reference.steps and reference.batch_size and proxy.steps and proxy.batch_size
+    if proxy.steps * proxy.batch_size >= reference.steps * reference.batch_size:
+        raise ConfigError(
+            f"proxy.steps is {proxy.steps}, no shorter a training than the reference's ({reference.steps} steps); "
+            "headroom is what the rest of the reference's training brings: leave proxy.steps out, or give half"
+        )
+    if proxy.model != reference.model:
+        raise ConfigError(
+            f"proxy.model is {proxy.model}, but reference.model is {reference.model}; headroom compares two lengths of "
+            "one training: give both the same model, or proxy.method=doremi"
+        )
+
+
 def check_evidence(config: Config) -> None:
     """Raises ConfigError when the spread over seeds is to decide, and there is one seed."""
     if config.weights.shrink == "evidence" and config.weights.num_seeds < 2:

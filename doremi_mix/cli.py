@@ -371,8 +371,8 @@ def _print_comparison(directory: RunDirectory, *, as_json: bool) -> None:
     if results["detectable_difference"]:
         smallest = max(results["detectable_difference"].values())
         print(
-            f"power: {len(results['seeds'])} seeds find a true difference of {smallest:.4f} nats per token four times in "
-            "five (noise of the seeds alone); --seeds N for more"
+            f"power: {len(results['seeds'])} seeds find a true difference of {smallest:.4f} nats per token four times "
+            "in five (noise of the seeds alone); --seeds N for more"
         )
     print(f"results: {folder / 'results.json'}  picture: {folder / 'comparison.png'}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, count
+from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
 import numpy as np

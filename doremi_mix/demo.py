@@ -101,8 +101,8 @@ DEMO_DOMAINS: tuple[DemoDomain, ...] = (*_domains_of("latin"), *_domains_of("han
 
 DEMO_SETTINGS: dict[str, dict[str, object]] = {
     "tokenize": {"vocab_size": 2048, "context_length": 128},
-    # The planted order is that of group DRO, which looks at who learns first: with fast embeddings, noise would trail the
-    # reference for a while, too.
+    # The planted order is that of group DRO, which looks at who learns first: with fast embeddings, noise would trail
+    # the reference for a while, too.
     "reference": {
         "model": "tiny",
         "steps": 200,

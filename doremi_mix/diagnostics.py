@@ -121,7 +121,7 @@ def diagnose(
         *find_one_hot(names, weights_SK, excess_SK, smoothing=smoothing, method=method),
         # Only group DRO takes clipped losses.
         *(find_clip_bias(names, excess_SK, unclipped_SK, average_weights_K) if method == "doremi" else ()),
-        *find_drift(names, weights_SK),
+        *find_drift(names, weights_SK, method=method),
     )
 
 
@@ -242,11 +242,13 @@ def find_one_hot(
         # A lead that comes and goes is smaller in windows than in updates: at least halve it.
         sensible = min(current / 2, _sensible_step_size(excess_SK, smoothing))
         values = f" from {_digits(current, 2)} to about {_digits(sensible, 1)}"
+    advice = f"lower proxy.step_size{values} or raise proxy.batch_size"
+    if method != "doremi":
+        advice = "raise weights.shrink, or lower proxy.power"
     sentence = (
         f"The weights collapse on {_listed(names, found)}: in {collapsed_S.mean():.0%} of {num_updates:,} updates the "
         f"largest weight is {collapsed_SK.max(axis=1).mean():.2f} on the average, with "
-        f"{_effective_number(collapsed_SK).mean():.1f} of {num_domains} domains in effect; lower "
-        f"proxy.step_size{values} or raise proxy.batch_size."
+        f"{_effective_number(collapsed_SK).mean():.1f} of {num_domains} domains in effect; {advice}."
     )
     return _diagnosis("one_hot", names, found, sentence)
 
@@ -283,7 +285,7 @@ def find_clip_bias(
     return _diagnosis("clip_bias", names, found, sentence)
 
 
-def find_drift(names: Sequence[str], weights_SK: Array) -> tuple[Diagnosis, ...]:
+def find_drift(names: Sequence[str], weights_SK: Array, *, method: str = "doremi") -> tuple[Diagnosis, ...]:
     """Finds weights that still move at the end: the last quarter of the path against the third.
 
     A movement counts when it is beyond the noise of the two means (batch means), above 0.02 and above 20 %.  The steps
@@ -303,11 +305,15 @@ def find_drift(names: Sequence[str], weights_SK: Array) -> tuple[Diagnosis, ...]
         return ()
     worst = max(found, key=lambda i: abs(float(move_K[i])))
     factor = max(_steps_factor(float((third_K - second_K)[i]), float(move_K[i]), float(limit_K[i])) for i in found)
+    num_steps = _rounded(factor * num_updates, up=True)
+    advice = f"so their average lags behind; try proxy.steps={num_steps}"
+    if method != "doremi":
+        # Headroom has no average that could lag; its proxy has half of the reference's steps.
+        advice = f"so a longer training has other weights; try reference.steps={2 * num_steps}"
     sentence = (
         f"The weights of {_listed(names, found)} still move at the end of {num_updates:,} updates "
         f"({_most(names, found, worst)}{third_K[worst]:.2f} to {last_K[worst]:.2f} from the third to the last quarter, "
-        f"noise ± {NUM_ERRORS * error_K[worst]:.3f}), so their average lags behind; try "
-        f"proxy.steps={_rounded(factor * num_updates, up=True)}."
+        f"noise ± {NUM_ERRORS * error_K[worst]:.3f}), {advice}."
     )
     return _diagnosis("drift", names, found, sentence)
 

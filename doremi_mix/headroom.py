@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from doremi_mix.dro import DomainSums
-from doremi_mix.shrinkage import project_onto_caps
 
 LATENESS = 8
 """Update t counts by about t to this power: half of the average comes from the last 8 % of the updates."""
@@ -25,8 +24,8 @@ class HeadroomState(NamedTuple):
 
     Attributes:
         weights_K: the domain weights after this step, float64, on the simplex.
-        excess_K: the late average of the unclipped excess per sequence batch, sums of nats.
-        num_tokens_K: the late average of the unmasked tokens.
+        excess_K: the late average of a batch's sum of unclipped excess losses, in nats.
+        num_tokens_K: the late average of a batch's unmasked tokens.
         num_updates: t.
     """
 
@@ -48,16 +47,13 @@ def init_headroom(num_domains: int) -> HeadroomState:
 
 
 @torch.no_grad()
-def weights_of(
-    headroom_K: Tensor, *, power: float = 1.0, smoothing: float = 1e-3, max_weights_K: Tensor | None = None
-) -> Tensor:
+def weights_of(headroom_K: Tensor, *, power: float = 1.0, smoothing: float = 1e-3) -> Tensor:
     """Returns weights in proportion to headroom: the last two lines of ``step_headroom``.
 
     Args:
         headroom_K: in nats per token; below 0 counts as none.
         power: of the headroom.
         smoothing: the share of the weights given to uniform.
-        max_weights_K: caps that the weights are projected under; they sum to 1 or more.
 
     Example:
         >>> weights_of(torch.tensor([0.3, 0.1, -0.2]), smoothing=0.0).tolist()
@@ -67,8 +63,7 @@ def weights_of(
     total = raised_K.sum()
     # Nothing to gain anywhere: one for all makes them equal.
     raised_K = raised_K + (total <= 0)
-    weights_K = (1 - smoothing) * raised_K / raised_K.sum() + smoothing / raised_K.numel()
-    return weights_K if max_weights_K is None else project_onto_caps(weights_K, max_weights_K)
+    return (1 - smoothing) * raised_K / raised_K.sum() + smoothing / raised_K.numel()
 
 
 @torch.no_grad()
@@ -78,7 +73,6 @@ def step_headroom(
     *,
     power: float = 1.0,
     smoothing: float = 1e-3,
-    max_weights_K: Tensor | None = None,
 ) -> HeadroomState:
     """Takes one batch's losses into the headroom of each domain, and sets the weights to it.
 
@@ -97,14 +91,13 @@ def step_headroom(
 
     It differs from Algorithm 1 of DoReMi: the excess is not clipped per token (the clip's bias is noise read as
     headroom), it is averaged and not added up, its size decides and not its rank after many steps, only the end of the
-    training counts, and the weights do not feed back into the proxy.
+    training counts, and the weights do not feed back into the proxy (so a budget's caps wait for the exported weights).
 
     Args:
         state: the state after step t-1; it is not modified.
         sums: per-domain sums over all micro-batches and processes of step t.
         power: 1 is the rule above; above 1, differences count for more, as where domains gain from each other's tokens.
         smoothing: the share of the weights given to uniform.
-        max_weights_K: caps that the weights are projected under; they sum to 1 or more.
 
     Returns:
         The state after step t.  Without any headroom, the weights are uniform.
@@ -126,9 +119,7 @@ def step_headroom(
     share = (LATENESS + 1) / (LATENESS + num_updates)
     excess_K = (1 - share) * state.excess_K.to(sums.excess_K.device) + share * sums.unclipped_excess_K
     num_tokens_K = (1 - share) * state.num_tokens_K.to(sums.excess_K.device) + share * sums.num_tokens_K
-    weights_K = weights_of(
-        excess_K / num_tokens_K.clamp(min=1e-9), power=power, smoothing=smoothing, max_weights_K=max_weights_K
-    )
+    weights_K = weights_of(excess_K / num_tokens_K.clamp(min=1e-9), power=power, smoothing=smoothing)
     return HeadroomState(weights_K, excess_K, num_tokens_K, num_updates)
 
 
@@ -138,7 +129,6 @@ class Headroom:
 
     power: float = 1.0
     smoothing: float = 1e-3
-    max_weights_K: Tensor | None = None
 
     def start(self, num_domains: int) -> HeadroomState:
         """Returns the state before the first step."""
@@ -146,8 +136,7 @@ class Headroom:
 
     def step(self, state: HeadroomState, sums: DomainSums) -> tuple[HeadroomState, Tensor]:
         """Returns the state after a step, and what the batch's domains count in the loss: their tokens, as ever."""
-        caps_K = None if self.max_weights_K is None else self.max_weights_K.to(sums.excess_K.device)
-        after = step_headroom(state, sums, power=self.power, smoothing=self.smoothing, max_weights_K=caps_K)
+        after = step_headroom(state, sums, power=self.power, smoothing=self.smoothing)
         return after, sums.num_tokens_K / sums.num_tokens_K.sum()
 
     def result(self, state: HeadroomState) -> Tensor:
@@ -167,8 +156,7 @@ class Headroom:
         headroom_K = (state.excess_K / state.num_tokens_K.clamp(min=1e-9)).cpu()
         for domain_id, loss in held_out.items():
             headroom_K[domain_id] = loss
-        caps_K = None if self.max_weights_K is None else self.max_weights_K.cpu()
-        return weights_of(headroom_K, power=self.power, smoothing=self.smoothing, max_weights_K=caps_K)
+        return weights_of(headroom_K, power=self.power, smoothing=self.smoothing)
 
     def restore(self, state: dict[str, object]) -> HeadroomState:
         """Returns a state from its fields."""

@@ -13,6 +13,7 @@ from typing import Any
 from doremi_mix.checks import (
     check_adapters,
     check_evidence,
+    check_headroom,
     check_mixture_weights,
     check_model_name,
     check_proxy_batch,
@@ -126,7 +127,7 @@ def learned_for_budget(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     mixture, proxy = given.get("mixture"), given.get("proxy")
     budget = mixture.get("token_budget") if isinstance(mixture, Mapping) else None
-    if budget is None or (isinstance(proxy, Mapping) and "token_budget" in proxy):
+    if budget is None or (isinstance(proxy, Mapping) and proxy.get("token_budget") is not None):
         return dict(given)
     return merge(given, {"proxy": {"token_budget": budget}})
 
@@ -163,6 +164,7 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     check_vocab_size(config.tokenize.vocab_size, given=config.tokenize.tokenizer)
     check_reference_weights(config, names)
     check_proxy_batch(config, len(names))
+    check_headroom(config)
     check_evidence(config)
     check_mixture_weights(config)
     for section in ("reference", "proxy", "compare"):

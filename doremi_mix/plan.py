@@ -158,7 +158,11 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
     new_proxy = proxy.model_copy(update=filled(proxy, new_reference, new_reference))
     compare = config.compare
     # Plain training needs no batch that holds every domain, and small batches make more of few tokens.
-    own_batch = {"batch_size": compare.batch_size or (CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE)}
+    own_batch = {
+        "batch_size": compare.batch_size or (CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE),
+        # Micro-batches of another batch say nothing about this one's.
+        "gradient_accumulation_steps": compare.gradient_accumulation_steps,
+    }
     wanted = config.mixture.token_budget or config.proxy.token_budget or most_tokens
     own_budget = {"token_budget": compare.token_budget or min(wanted, most_tokens)}
     shrink = config.weights.shrink

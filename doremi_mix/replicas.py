@@ -124,7 +124,7 @@ def rounds(config: Config, run: RunDirectory) -> Iterator[tuple[list[Replica], R
     before: RoundResult | None = None
     for round_ in range(1, config.weights.max_rounds + 1):
         round_replicas = replicas_of_round(config, run, round_, before)
-        if any(replica.run.manifest("proxy") is None for replica in round_replicas):
+        if not all(map(_is_readable, round_replicas)):
             yield round_replicas, None
             return
         before = read_round(round_replicas)
@@ -137,6 +137,15 @@ def replicas(config: Config, run: RunDirectory) -> Iterator[Replica]:
     """Yields the replicas of all rounds that are known by now."""
     for round_replicas, _ in rounds(config, run):
         yield from round_replicas
+
+
+def _is_readable(replica: Replica) -> bool:
+    """Says whether a replica's proxy has finished, over the reference that is there now."""
+    weights = replica.run.stage_path("reference") / "weights.json"
+    average = replica.run.stage_path("proxy") / "average.json"
+    if replica.run.manifest("proxy") is None or not (weights.exists() and average.exists()):
+        return False
+    return bool(read_json(weights).keys() == read_json(average).keys())
 
 
 def _folder(round_: int, seed: int) -> str:

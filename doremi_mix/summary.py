@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from doremi_mix.config import Config
 from doremi_mix.mixture import natural_weights
+from doremi_mix.replicas import rounds
 from doremi_mix.report.table import make_rows
 from doremi_mix.run import CONFIG_FILE, RunDirectory, read_json
 from doremi_mix.stages import stage_states
@@ -36,7 +37,9 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
     is_current = stage_states(config, run)["mixture"] == "finished"
     allocation = read_json(mixture / "allocation.json") if is_current else None
     columns = ["domain_weights", "excess_loss", "unclipped_excess_loss"]
-    path = read_columns(run.stage_path("proxy") / "trajectory.jsonl", names, columns)
+    # The weights are the last round's; its first seed speaks for all.
+    view = [replicas for replicas, result in rounds(config, run) if result is not None][-1][0].run
+    path = read_columns(view.stage_path("proxy") / "trajectory.jsonl", names, columns)
     # What the weights come from: the mean over the updates, or the end of the training.
     by_headroom = config.proxy.method == "headroom"
     late = path["unclipped_excess_loss"][-max(1, len(path["excess_loss"]) // 10) :]
@@ -59,9 +62,10 @@ def summarize(config: Config, run: RunDirectory) -> dict[str, Any]:
         "mixture": str(mixture / "mixture.jsonl") if allocation else None,
         "tokens": {key: allocation[key] for key in ("token_budget", "drawn_tokens")} if allocation else None,
         "held_out_loss": {
-            stage: read_json(run.stage_path(stage) / "metrics.json")["held_out_loss_average"]
+            stage: read_json(view.stage_path(stage) / "metrics.json")["held_out_loss_average"]
             for stage in ("reference", "proxy")
         },
+        "shares_reference": not config.weights.vary_reference,
         "num_seeds": product.uncertainty.get("num_seeds", 1),
         "rank_stability": product.uncertainty.get("rank_stability"),
         "rounds": product.uncertainty.get("rounds", []),
@@ -89,8 +93,9 @@ def describe_certainty(summary: dict[str, Any]) -> list[str]:
     if summary["num_seeds"] > 1:
         tau = summary["rank_stability"]
         ranks = "" if tau is None else f"; seeds rank the domains alike by Kendall tau {tau:.2f}"
+        given = ", given their one reference" if summary["shares_reference"] else ""
         lines.append(
-            f"{summary['num_seeds']} seeds: the weights are their mean, intervals are 95 % of that mean{ranks}"
+            f"{summary['num_seeds']} seeds: the weights are their mean, intervals are 95 % of that mean{given}{ranks}"
         )
     elif summary["largest_update"] is None:
         lines.append("one run is one draw: another seed gives other weights")

@@ -178,7 +178,8 @@ def _num_parts(plan: TrainingPlan, accelerator: Any) -> int:
 
 
 def _checked_batch_size(schedule: Schedule, plan: TrainingPlan, accelerator: Any) -> int:
-    batch_size = int(schedule.counts_SK[0].sum())
+    # Batches of a fixed number of sequences in all differ by one; the smallest must do.
+    batch_size = int(schedule.counts_SK.sum(axis=1).min())
     num_parts = _num_parts(plan, accelerator)
     if batch_size < num_parts:
         raise ConfigError(

@@ -114,12 +114,21 @@ def _draw_settings(config: Config) -> Any:
 
 def _proxy_settings(config: Config) -> Any:
     settings = _model_settings(config, "proxy")
-    # The cap on epochs changes what is learned only under a budget.
-    return settings if config.proxy.token_budget is None else {**settings, "max_epochs": config.mixture.max_epochs}
+    if config.proxy.method == "headroom":
+        # A budget decides how long such a proxy trains, and caps only the exported weights.
+        del settings["token_budget"]
+        return settings
+    return {**settings, **_cap_settings(config)}
 
 
 def _weights_settings(config: Config) -> Any:
-    return config.weights.result_settings()
+    return {**config.weights.result_settings(), **_cap_settings(config)}
+
+
+def _cap_settings(config: Config) -> dict[str, Any]:
+    """The cap on epochs changes weights only under a budget."""
+    budget = config.proxy.token_budget
+    return {} if budget is None else {"token_budget": budget, "max_epochs": config.mixture.max_epochs}
 
 
 def _compare_settings(config: Config) -> Any:
@@ -294,6 +303,9 @@ def run_stage(
     if manifest is not None and manifest["fingerprint"] == wanted:
         if processes.is_main:
             _remove_scratch(stage, run)
+            if stage.name == "compare":
+                # The weights may have been written anew since then, without their verdict.
+                importlib.import_module("doremi_mix.stages.compare").restore_verdict(run)
         narrator.say(f"{stage.name}{label}: up to date")
         return False
     start = time.monotonic()

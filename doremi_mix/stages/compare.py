@@ -25,8 +25,8 @@ from doremi_mix.errors import BudgetError
 from doremi_mix.mixture import allocate
 from doremi_mix.models import forget_base
 from doremi_mix.objectives import PlainObjective
-from doremi_mix.replicas import SEED_MODULUS
 from doremi_mix.power import minimum_detectable_difference
+from doremi_mix.replicas import SEED_MODULUS
 from doremi_mix.report.comparison_plot import plot_comparison
 from doremi_mix.run import RunDirectory, read_json, write_atomic, write_json
 from doremi_mix.stages import StageContext, free_memory
@@ -69,6 +69,9 @@ def run(context: StageContext) -> str:
     mixtures = entrants(config, context.run, store)
     assert section.token_budget is not None
     budget = section.token_budget
+    if config.mixture.token_budget is None and config.proxy.token_budget is None:
+        # Nobody asked for a number: no more than there is.
+        budget = min(budget, sum(summary["train"]["tokens"] for summary in store.summaries))
     seeds = [(section.seed + number) % SEED_MODULUS for number in range(section.num_seeds)]
     context.narrator.say(
         f"  {len(mixtures)} mixtures x {len(seeds)} seeds, {budget:,} tokens each: {', '.join(mixtures)}"
@@ -96,7 +99,7 @@ def run(context: StageContext) -> str:
     compared = compare_mixtures(scores, store.domain_ids(held_out_ids(store)), store.domains.names, baselines=BASELINES)
     write_json(context.folder / RESULTS_FILE, _describe(compared, mixtures, allocations, budget, seeds, section))
     plot_comparison(context.folder / "comparison.png", compared)
-    store_verdict(context.run, compared)
+    restore_verdict(context.run)
     return compared.verdict.sentence
 
 
@@ -124,7 +127,7 @@ def _available(
     repeated four times here.
     """
     whole = sequence_ids(store, "train")
-    ratio = min(1.0, budget / (config.mixture.token_budget or budget))
+    ratio = min(1.0, budget / (config.mixture.token_budget or config.proxy.token_budget or budget))
     ids_by_domain = []
     available = {}
     for domain_id, (name, ids) in enumerate(zip(store.domains, whole, strict=True)):
@@ -182,10 +185,11 @@ def _train_one(
     model, accelerator = train_model(context, section, PlainObjective(), schedule, part=part)
     scores_N2 = score_held_out(store, model, accelerator)
     if context.processes.is_main:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
         _save_array(folder / SCORES_FILE, scores_N2)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
     context.processes.wait()
-    del model
+    # Accelerate holds on to the models that it has prepared.
+    del model, accelerator
     free_memory()
 
 
@@ -236,14 +240,16 @@ def _detectable(compared: Comparison) -> dict[str, float]:
     }
 
 
-def store_verdict(run: RunDirectory, compared: Comparison) -> None:
+def restore_verdict(run: RunDirectory) -> None:
     """Writes the verdict into the weights, so that whoever gets the file sees it."""
+    results = read_json(run.stage_path("compare") / RESULTS_FILE)
     path = run.stage_path("weights") / WEIGHTS_FILE
     data = read_json(path)
-    data["verdict"] = {
-        "kind": compared.verdict.kind,
-        "sentence": compared.verdict.sentence,
-        "best": compared.verdict.best,
-        "num_seeds": compared.num_seeds,
+    verdict = {
+        "kind": results["verdict_kind"],
+        "sentence": results["verdict"],
+        "best": results["best"],
+        "num_seeds": len(results["seeds"]),
     }
-    write_json(path, data)
+    if data.get("verdict") != verdict:
+        write_json(path, {**data, "verdict": verdict})

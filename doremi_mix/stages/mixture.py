@@ -93,10 +93,26 @@ def _chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, fl
         learned = read_weights(context.run)
         _say_verdict(context, learned)
         return learned.domain_weights
+    _say_losses(context, wanted)
     if wanted in MIXTURE_WORDS:
         return plain_weights(wanted, available_tokens(store), context.config.compare.temperature)
     entered = context.config.compare.also.get(wanted)
     return weights_from(Path(entered or wanted), store.domains.names)
+
+
+def _say_losses(context: StageContext, wanted: str) -> None:
+    """Warns when the comparison found another mixture reliably better than the one that is asked for."""
+    path = context.run.stage_path("compare") / "results.json"
+    if not path.exists():
+        return
+    for pair in read_json(path)["pairs"]:
+        average = pair["average"]
+        if pair["mixture"] == wanted and average["low"] is not None and average["low"] > 0:
+            context.narrator.say(
+                f"  WARNING: the comparison found {wanted} worse than {pair['baseline']} by {average['estimate']:.4f} "
+                "nats per token; draw a better one with: --set mixture.weights=best"
+            )
+            return
 
 
 def _say_verdict(context: StageContext, learned: DomainWeights) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from doremi_mix.config import ProxyConfig
+from doremi_mix.config import Config
 from doremi_mix.dro import GroupDRO
+from doremi_mix.engine import make_accelerator
 from doremi_mix.headroom import Headroom
 from doremi_mix.models import forget_base
 from doremi_mix.objectives import Learner, ProxyObjective
@@ -26,6 +27,7 @@ from doremi_mix.stages.training import (
     weight_caps,
     write_metrics,
 )
+from doremi_mix.store import TokenStore
 from doremi_mix.types import DomainLoss, Domains
 
 
@@ -34,7 +36,7 @@ def run(context: StageContext) -> str:
     section = context.config.proxy
     store = open_store(context.run)
     schedule = proxy_schedule(context.config, store)
-    objective = ProxyObjective(store.domains, _learner(section, weight_caps(context.config, store)))
+    objective = ProxyObjective(store.domains, _learner(context.config, store))
     cached = ReferenceLosses(context.run.stage_path("reference_losses"))
     try:
         model, losses = train_and_score(context, section, objective, schedule, cached.read)
@@ -50,11 +52,16 @@ def run(context: StageContext) -> str:
     return ""
 
 
-def _learner(section: ProxyConfig, max_weights_K: Tensor | None) -> Learner:
+def _learner(config: Config, store: TokenStore) -> Learner:
     """Returns the rule that the settings ask for."""
+    section = config.proxy
     if section.method == "headroom":
-        return Headroom(power=section.power, smoothing=section.smoothing, max_weights_K=max_weights_K)
-    return GroupDRO(step_size=section.step_size, smoothing=section.smoothing, max_weights_K=max_weights_K)
+        return Headroom(power=section.power, smoothing=section.smoothing)
+    caps_K = weight_caps(config, store)
+    if caps_K is not None:
+        # Once, and not in each step: a copy from the host waits for the device.
+        caps_K = caps_K.to(make_accelerator().device)
+    return GroupDRO(step_size=section.step_size, smoothing=section.smoothing, max_weights_K=caps_K)
 
 
 def _learned(

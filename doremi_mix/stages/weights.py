@@ -49,7 +49,7 @@ def run(context: StageContext) -> str:
     weights_RK, strength = pull_and_cap(config, store, last.weights_RK)
     seeds = summarize_seeds(names, weights_RK)
     learned = dict(seeds.mean)
-    diagnoses = [found for replica in replicas for found in diagnose_replica(replica, store)]
+    by_seed = [diagnose_replica(replica, store) for replica in replicas]
     first = replicas[0]
     weights = DomainWeights(
         domain_weights=learned,
@@ -74,10 +74,10 @@ def run(context: StageContext) -> str:
             "rounds": [result.change for _, result in finished],
             "shrink": strength,
         },
-        diagnoses=tuple(_sentences(diagnoses, seeds.num_seeds)),
+        diagnoses=tuple(_sentences(by_seed)),
     )
     write_json(context.folder / WEIGHTS_FILE, weights.to_dict())
-    write_json(context.folder / DIAGNOSTICS_FILE, [asdict(found) for found in diagnoses])
+    write_json(context.folder / DIAGNOSTICS_FILE, [[asdict(found) for found in of_seed] for of_seed in by_seed])
     _draw(context, store, first, weights)
     for sentence in weights.diagnoses:
         context.narrator.say(f"  {sentence}")
@@ -144,14 +144,16 @@ def _held_out(run: RunDirectory, stage: str) -> dict[str, DomainLoss]:
     }
 
 
-def _sentences(diagnoses: Sequence[Diagnosis], num_seeds: int) -> list[str]:
-    """Returns the first sentence of each kind, with the number of seeds in which there was one."""
-    kinds = Counter(found.code for found in diagnoses)
-    first = {found.code: found.sentence for found in reversed(diagnoses)}
-    return [
-        first[code] + (f" (in {min(kinds[code], num_seeds)} of {num_seeds} seeds)" if num_seeds > 1 else "")
-        for code in kinds
-    ]
+def _sentences(by_seed: Sequence[Sequence[Diagnosis]]) -> list[str]:
+    """Returns the findings of the first seed, then others' of kinds that it has not, with how many seeds have them."""
+    counts = Counter(code for of_seed in by_seed for code in {found.code for found in of_seed})
+    shown: list[Diagnosis] = []
+    for of_seed in by_seed:
+        known = {found.code for found in shown}
+        shown += [found for found in of_seed if found.code not in known]
+    if len(by_seed) == 1:
+        return [found.sentence for found in shown]
+    return [f"{found.sentence} (in {counts[found.code]} of {len(by_seed)} seeds)" for found in shown]
 
 
 def _draw(context: StageContext, store: TokenStore, first: Replica, weights: DomainWeights) -> None:
