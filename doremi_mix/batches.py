@@ -1,7 +1,7 @@
 """Which sequences each training step sees: a pure function of (weights, seed, step).
 
-Axes: K domains, S steps, B sequences in a batch.  The proxy model's batches are stratified-uniform and the reference
-model's are weighted; both are the same rule with other weights.  Nothing here depends on how many processes train.
+Axes: K domains, S steps, B sequences in a batch.  Group DRO's batches are stratified-uniform and the others are
+weighted; both are the same rule with other weights.  Nothing here depends on how many processes train.
 """
 
 from __future__ import annotations

@@ -50,6 +50,15 @@ def check_proxy_batch(config: Config, num_domains: int) -> None:
         )
 
 
+def check_compare(given_steps: int | None) -> None:
+    """Raises ConfigError when the comparison's steps are given: they follow from its budget and batch."""
+    if given_steps is not None:
+        raise ConfigError(
+            f"compare.steps is {given_steps}, but the steps follow from compare.token_budget and compare.batch_size; "
+            "give one of these instead"
+        )
+
+
 def check_headroom(config: Config) -> None:
     """Raises ConfigError when the proxy is not the reference at half its training, as headroom needs it."""
     reference, proxy = config.reference, config.proxy

@@ -108,9 +108,14 @@ class TrainingConfig(Section):
     trust_remote_code: bool = Field(
         default=False, json_schema_extra=_NO_RESULT, description="let a hub model run its own code"
     )
-    steps: PositiveInt | None = Field(default=None, description="optimizer steps; null: by the hardware")
+    steps: PositiveInt | None = Field(
+        default=None,
+        description="optimizer steps; null: by the hardware and, for headroom and compare, the token budget",
+    )
     batch_size: PositiveInt | None = Field(
-        default=None, description="sequences in a step, over all processes; null: two per domain or more"
+        default=None,
+        description="sequences in a step, over all processes; null: two per domain or more for proxy.method doremi, "
+        "one or more for headroom, few for compare",
     )
     learning_rate: PositiveFloat | None = Field(default=None, description="peak, AdamW; null: by the model")
     embedding_learning_rate: PositiveFloat | None = Field(
@@ -254,8 +259,8 @@ class CompareConfig(TrainingConfig):
     num_seeds: PositiveInt = Field(default=3, description="models per mixture; the same seeds for every mixture")
     token_budget: PositiveInt | None = Field(
         default=None,
-        description="tokens that each model is trained on; null: mixture.token_budget, at most what the proxy is "
-        "trained on. Where it is smaller than the mixture's, domains are cut in proportion, so that each is repeated "
+        description="tokens that each model is trained on; null: mixture.token_budget, at most what the hardware "
+        "is good for. Where it is smaller than the mixture's, domains are cut in proportion, so that each is repeated "
         "as often as in the mixture",
     )
     temperature: Annotated[float, Field(gt=0, le=1)] = Field(

@@ -1,4 +1,4 @@
-"""What a training step minimizes: the plain loss, or DoReMi's weighted one.
+"""What a training step minimizes: the plain loss, or the proxy's, whose excess losses move the domain weights.
 
 Axes: B sequences (of a micro-batch), T tokens, K domains.  An effective batch is split over processes and
 micro-batches; the gradient does not depend on how (up to the order of sums).

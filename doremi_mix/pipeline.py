@@ -12,6 +12,7 @@ from typing import Any
 
 from doremi_mix.checks import (
     check_adapters,
+    check_compare,
     check_evidence,
     check_headroom,
     check_mixture_weights,
@@ -26,6 +27,7 @@ from doremi_mix.distributed import Processes, join_processes
 from doremi_mix.errors import ConfigError, DataError, RunDirectoryError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
 from doremi_mix.progress import Narrator, format_seconds
+from doremi_mix.replicas import PER_REPLICA, replicas
 from doremi_mix.run import RunDirectory, write_atomic
 from doremi_mix.sources.files import find_files
 from doremi_mix.stages import run_pipeline
@@ -146,6 +148,7 @@ def resolve(given: Mapping[str, Any], run: RunDirectory, where: str = "config") 
     config = parse_config(given, where=where)
     names = [source.name for source in list_sources(config)]
     hardware = run.describe()["hardware"] if run.exists() else detect_hardware()
+    check_compare(config.compare.steps)
     chosen = choose(config, len(names), hardware)
     check_settings(chosen, names)
     return chosen, hardware
@@ -284,7 +287,7 @@ def describe_plan(config: Config, hardware: str) -> list[str]:
         f"plan: {len(names)} domains on {hardware} ({os.cpu_count()} cores)",
         f"  model {proxy.model}{size}, sequences of {tokenize.context_length} tokens, vocabulary {tokens.vocab_size:,}",
         f"  reference {reference.steps} steps of {reference.batch_size} sequences{times}, then proxy {proxy.steps} "
-        f"steps of {proxy.batch_size}" + (f" in {parts} micro-batches" if parts > 1 else ""),
+        f"steps of {proxy.batch_size}" + (f" in {parts} micro-batches" if parts > 1 else "") + _repeats(config),
     ]
     if cost.seconds:
         shares = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in cost.seconds.items())
@@ -294,10 +297,17 @@ def describe_plan(config: Config, hardware: str) -> list[str]:
     return lines
 
 
+def _repeats(config: Config) -> str:
+    """Says how often reference and proxy are trained, where it is more than once."""
+    weights = config.weights
+    rounds = f"; up to {weights.max_rounds} rounds" if weights.max_rounds > 1 else ""
+    return (f"; {weights.num_seeds} seeds" if weights.num_seeds > 1 else "") + rounds
+
+
 def announce(opened: OpenRun) -> None:
     """Says what was chosen and how long it will take, unless everything is trained already."""
     if not opened.processes.is_main or all(
-        opened.run.manifest(stage) for stage in ("reference", "reference_losses", "proxy")
+        replica.run.manifest(stage) for replica in replicas(opened.config, opened.run) for stage in PER_REPLICA
     ):
         return
     for line in describe_plan(opened.config, opened.run.describe()["hardware"]):

@@ -31,6 +31,8 @@ CUDA_COMPARE_BATCH_SIZE = 32
 CPU_COMPARE_BATCH_SIZE = 8
 HEADROOM_SHRINK = 0.5
 """What scripts/study found: half of the way from uniform to the headroom is better than all of it."""
+NUM_MIXTURES = 4
+"""Learned, natural, uniform and temperature: what compare always trains on."""
 LEAST_STEPS = 100
 USUAL_FILL = 0.9
 """Share of a packed sequence that is not padding."""
@@ -162,6 +164,8 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
         "batch_size": compare.batch_size or (CUDA_COMPARE_BATCH_SIZE if on_gpu else CPU_COMPARE_BATCH_SIZE),
         # Micro-batches of another batch say nothing about this one's.
         "gradient_accumulation_steps": compare.gradient_accumulation_steps,
+        # They follow from the data.
+        "steps": None,
     }
     wanted = config.mixture.token_budget or config.proxy.token_budget or most_tokens
     own_budget = {"token_budget": compare.token_budget or min(wanted, most_tokens)}
@@ -289,18 +293,26 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
         max_parameters: models larger than this are not built to be tried out.
 
     Returns:
-        Seconds and tokens for reference, reference_losses and proxy.  A process's random state is left as it was.
+        Seconds and tokens for reference, reference_losses and proxy, over all seeds and rounds, and for compare where
+        it is part of the run.  A process's random state is left as it was.
     """
     reference, proxy = config.reference, config.proxy
     context_length = config.tokenize.context_length
     assert context_length and reference.steps and reference.batch_size and proxy.steps and proxy.batch_size
-    # Whether folds are needed where their number is not given, only the tokenized data will tell.
-    num_references = reference.folds or 1
+    # Rounds may end earlier.  Whether folds are needed where their number is not given, the tokenized data will tell.
+    num_proxies = config.weights.num_seeds * config.weights.max_rounds
+    num_references = (reference.folds or 1) * (
+        num_proxies if config.weights.vary_reference else config.weights.max_rounds
+    )
     amounts = {
         "reference": num_references * reference.steps * reference.batch_size * context_length,
-        "reference_losses": proxy.steps * proxy.batch_size * context_length,
-        "proxy": proxy.steps * proxy.batch_size * context_length,
+        "reference_losses": num_proxies * proxy.steps * proxy.batch_size * context_length,
+        "proxy": num_proxies * proxy.steps * proxy.batch_size * context_length,
     }
+    if config.compare.in_run:
+        assert config.compare.token_budget is not None
+        num_models = (NUM_MIXTURES + len(config.compare.also)) * config.compare.num_seeds
+        amounts["compare"] = round(num_models * config.compare.token_budget / USUAL_FILL)
     sizes = [_num_parameters(str(section.model), tokens) for section in (reference, proxy)]
     if any(size is None or size > max_parameters for size in sizes):
         return Estimate({}, sizes[1] or 0, amounts)
@@ -308,12 +320,17 @@ def estimate(config: Config, tokens: TokenInfo, *, max_parameters: int = 1_000_0
     if steps is None:
         return Estimate({}, sizes[1] or 0, amounts)
     of_reference, of_proxy = steps
-    seconds = {
-        "reference": of_reference.train_seconds * reference.steps * num_references,
-        "reference_losses": of_reference.score_seconds * proxy.steps * proxy.batch_size / reference.batch_size,
-        # With micro-batches, a first pass without gradient finds the weights.
-        "proxy": (of_proxy.train_seconds + (of_proxy.score_seconds if of_proxy.parts > 1 else 0)) * proxy.steps,
+    reference_batch = reference.batch_size * context_length
+    proxy_batch = proxy.batch_size * context_length
+    # With micro-batches, a first pass without gradient finds the weights.
+    proxy_step = of_proxy.train_seconds + (of_proxy.score_seconds if of_proxy.parts > 1 else 0)
+    per_token = {
+        "reference": of_reference.train_seconds / reference_batch,
+        "reference_losses": of_reference.score_seconds / reference_batch,
+        "proxy": proxy_step / proxy_batch,
+        "compare": of_proxy.train_seconds / proxy_batch,
     }
+    seconds = {name: per_token[name] * amount for name, amount in amounts.items()}
     return Estimate(seconds, of_proxy.num_parameters, amounts)
 
 

@@ -1,8 +1,8 @@
-"""Stage proxy: train the proxy model with group DRO, which moves the domain weights.
+"""Stage proxy: train the proxy model, whose losses against the reference model's become domain weights.
 
 Writes ``trajectory.jsonl`` (one line per update, see ``types.TrajectoryPoint``), ``metrics.jsonl`` (loss and throughput
-of each step), ``average.json`` (the mean of alpha_1 to alpha_T), ``model/`` and ``metrics.json`` (held-out loss per
-domain).
+of each step), ``average.json`` (what was learned: for group DRO the mean of alpha_1 to alpha_T), ``model/`` and
+``metrics.json`` (held-out loss per domain).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(context: StageContext) -> str:
         write_json(context.folder / "average.json", dict(zip(store.domains, average_K, strict=True)))
         write_metrics(context, losses, schedule, store.domains, model)
         top = max(range(len(average_K)), key=average_K.__getitem__)
-        return f"largest average weight {average_K[top]:.3f} on {store.domains.names[top]}"
+        return f"largest weight {average_K[top]:.3f} on {store.domains.names[top]}"
     return ""
 
 
