@@ -23,6 +23,7 @@ from doremi_mix.diagnostics import (
     infer_step_size,
 )
 from doremi_mix.dro import DomainSums, average_weights, init_group_dro, step_domain_weights
+from doremi_mix.headroom import init_headroom, step_headroom
 from doremi_mix.types import DomainLoss
 
 SEEDS = range(10)
@@ -268,7 +269,7 @@ def test_the_sentence_on_a_collapse():
         "domains in effect; lower proxy.step_size from 0.5 to about 0.01 or raise proxy.batch_size.",
     )
     (found,) = find_one_hot(["code", "law", "math", "web"], np.array(weights), excess_SK, method="another")
-    assert found.sentence.endswith("in effect; lower proxy.step_size or raise proxy.batch_size.")
+    assert found.sentence.endswith("in effect; raise weights.shrink, or lower proxy.power.")
 
 
 def test_the_sentence_on_the_bias_of_the_clip():
@@ -454,3 +455,46 @@ def test_batch_means_see_the_memory_of_a_path():
 def test_arrays_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         diagnose(**simulate(problem(steps=2), 0) | change)
+
+
+def headroom_path(seed, last_domain=0.0, num_updates=160):
+    """What the headroom rule logs for six slopes, the last of which may still rise."""
+    rng = np.random.default_rng(seed)
+    slopes = np.array([0.30, 0.25, 0.2, 0.35, 0.15, 0.3])
+    rise_S1 = np.linspace(0, 1, num_updates)[:, None] ** 3 * np.array([0, 0, 0, 0, 0, last_domain])
+    excess_SK = slopes + rise_S1 + rng.normal(0, 0.05, (num_updates, 6))
+    state, weights = init_headroom(6), []
+    for excess_K in torch.from_numpy(excess_SK):
+        sums = DomainSums(excess_K.clamp(min=0), excess_K, excess_K, excess_K, torch.ones(6, dtype=torch.float64))
+        state = step_headroom(state, sums)
+        weights.append(state.weights_K.numpy())
+    return np.array(weights), excess_SK
+
+
+def diagnose_headroom(weights_SK, excess_SK):
+    names = ["code", "law", "math", "web", "news", "chat"]
+    losses = {name: DomainLoss(3.0, 0.02, 900, 30) for name in names}
+    return diagnose(
+        names,
+        weights_SK=weights_SK,
+        excess_SK=excess_SK.clip(min=0),
+        unclipped_SK=excess_SK,
+        proxy_loss_SK=excess_SK + 3,
+        reference_loss_SK=np.full_like(excess_SK, 3.0),
+        average_weights_K=weights_SK[-1],
+        num_sequences_K=np.array([900, 900, 900, 900, 900, 4]),
+        batch_size=6,
+        reference_held_out=losses,
+        proxy_held_out=losses,
+        smoothing=1e-3,
+        method="headroom",
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_headroom_is_told_apart_from_group_dro(seed):
+    """A healthy run says nothing, also where a domain is small: its headroom comes from held-out text."""
+    assert diagnose_headroom(*headroom_path(seed)) == ()
+    (found,) = diagnose_headroom(*headroom_path(seed, last_domain=0.6))
+    assert (found.code, "chat" in found.domains) == ("drift", True)
+    assert "so a longer training has other weights; try reference.steps=" in found.sentence

@@ -72,13 +72,12 @@ def test_tokens_are_averaged_and_not_batches():
     assert state.weights_K.tolist() == pytest.approx([first / (first + 0.1), 0.1 / (first + 0.1)])
 
 
-def test_caps_hold_at_every_step():
-    caps = torch.tensor([0.2, 1.0, 1.0], dtype=torch.float64)
-    state = init_headroom(3)
-    for _ in range(5):
-        state = step_headroom(state, sums_of([0.9, 0.05, 0.05]), max_weights_K=caps)
-        assert state.weights_K[0] <= 0.2 + 1e-12
-        assert state.weights_K.sum().item() == pytest.approx(1, abs=1e-12)
+def test_held_out_text_takes_the_place_of_what_is_known_by_heart():
+    learner = Headroom(smoothing=0.0)
+    state, _ = learner.step(learner.start(3), sums_of([0.3, 0.3, 1.5]))
+    assert learner.corrected(state, {2: 0.2}).tolist() == pytest.approx([0.375, 0.375, 0.25])
+    assert learner.corrected(state, {2: -0.2}).tolist() == pytest.approx([0.5, 0.5, 0.0])
+    assert torch.equal(learner.corrected(state, {}), learner.result(state))
 
 
 @pytest.mark.parametrize("seed", range(10))
