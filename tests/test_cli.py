@@ -98,13 +98,24 @@ def test_bad_inputs(files, tmp_path_factory, fast, prepare, arguments, start, dr
             "put {query} where the instruction belongs",
         ),
         (
-            "proxy.batch_size=1",
+            "proxy={method: doremi, batch_size: 1}",
             "proxy.batch_size is 1, fewer than the 2 domains, each of which must be in every batch; "
             "raise it to 2 or more",
         ),
         (
             "proxy.gradient_accumulation_steps=99",
-            "proxy.gradient_accumulation_steps is 99, more than the 24 sequences of proxy.batch_size; lower it",
+            "proxy.gradient_accumulation_steps is 99, more than the 8 sequences of proxy.batch_size; lower it",
+        ),
+        ("weights.shrink=2", "settings: weights.shrink must be less than or equal to 1, got 2"),
+        (
+            "weights.shrink=evidence",
+            "weights.shrink is evidence, which is the spread over seeds, but weights.num_seeds is 1; raise it to 3 or "
+            "give a number from 0 to 1",
+        ),
+        (
+            "compare.steps=9",
+            "compare.steps is 9, but the steps follow from compare.token_budget and compare.batch_size; give one of "
+            "these instead",
         ),
         (
             "reference.model=tinny",

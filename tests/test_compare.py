@@ -88,7 +88,8 @@ def results(compared):
 def test_results_name_every_mixture(compared, results):
     run_dir, _, printed = compared
     assert set(results) == {
-        *("unit", "token_budget", "seeds", "model", "mixtures", "pairs", "verdict", "verdict_kind", "best"),
+        *("unit", "token_budget", "seeds", "model", "mixtures", "pairs", "detectable_difference"),
+        *("verdict", "verdict_kind", "best"),
     }
     assert list(results["mixtures"]) == ["learned", *PLAIN, "skewed", "same"]
     assert (results["seeds"], results["token_budget"]) == ([0, 1], BUDGET)
@@ -218,6 +219,17 @@ def test_weights_that_are_made_again_have_no_verdict(compared, tmp_path):
     assert (states["weights"], states["compare"]) == ("finished", "outdated")
 
 
+def test_the_same_weights_made_again_get_their_verdict_back(compared, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(compared[0], run_dir)
+    (run_dir / "weights" / "manifest.json").unlink()
+    assert invoke("weights", "--run-dir", run_dir).exit_code == 0
+    assert read_json(run_dir / "weights" / "domain_weights.json")["verdict"] == {}
+    assert invoke("compare", "--run-dir", run_dir).stderr.splitlines() == ["compare: up to date"]
+    name = "weights/domain_weights.json"
+    assert (run_dir / name).read_bytes() == (compared[0] / name).read_bytes()
+
+
 def test_the_table_fits_80_columns(compared, results):
     run_dir, _, first = compared
     result = invoke("compare", "--run-dir", run_dir)
@@ -225,12 +237,15 @@ def test_the_table_fits_80_columns(compared, results):
     assert result.stderr.splitlines() == ["compare: up to date"]
     assert result.stdout == first.stdout
     lines = result.stdout.splitlines()
-    assert lines[-2:] == [
+    smallest = max(results["detectable_difference"].values())
+    assert lines[-3:] == [
         f"verdict: {results['verdict']}",
+        f"power: 2 seeds find a true difference of {smallest:.4f} nats per token four times in five (noise of the "
+        "seeds alone); --seeds N for more",
         f"results: {run_dir}/compare/results.json  picture: {run_dir}/compare/comparison.png",
     ]
-    assert max(map(len, lines[:-2])) <= 80
-    rows = [line.split()[0] for line in lines[:-2] if line.split() and line.split()[0] in results["mixtures"]]
+    assert max(map(len, lines[:-3])) <= 80
+    rows = [line.split()[0] for line in lines[:-3] if line.split() and line.split()[0] in results["mixtures"]]
     by_loss = sorted(results["mixtures"], key=lambda name: (results["mixtures"][name]["average_loss"], name))
     # All by loss, then the title of the second table and the others against the learned one.
     assert rows == [*by_loss, "learned", *(name for name in by_loss if name != "learned")]
@@ -327,6 +342,14 @@ def test_a_mixture_that_cannot_fill_the_budget_is_named_before_anything_is_train
     assert not list((run_dir / "compare").glob("*/seed-*"))
 
 
+def test_steps_are_not_for_the_user(finished_run):
+    assert_one_line(
+        invoke("compare", "--run-dir", finished_run, "--set", "compare.steps=5"),
+        "compare.steps is 5, but the steps follow from compare.token_budget and compare.batch_size; give one of these "
+        "instead",
+    )
+
+
 def test_before_there_are_weights(finished_run, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run, run_dir)
@@ -348,7 +371,7 @@ def test_before_there_are_weights(finished_run, tmp_path):
         # Between the end of a model's training and the note that it is scored; then in the second seed.
         ("doremi_mix.stages.compare:_save_array", 2, 1, "natural/seed-0"),
         # Everything is trained, nothing is written.
-        ("doremi_mix.stages.compare:store_verdict", 1, 12, ""),
+        ("doremi_mix.stages.compare:restore_verdict", 1, 12, ""),
     ],
 )
 def test_killed_and_started_again(finished_run, entered, compared, tmp_path, target, count, finished, begun):

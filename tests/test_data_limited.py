@@ -102,7 +102,6 @@ def test_repeating_few_rows_makes_their_domain_worse(unbounded, tmp_path, seed):
     assert many > 30
     # More of the same budget went to the domain, and it has less of it.
     assert repeated > capped + 1, (seed, capped, repeated)
-    print("LOSS", seed, capped, repeated, few, many)
 
 
 def cap_of(run_dir, max_epochs=4):
@@ -126,7 +125,6 @@ def test_a_proxy_that_learns_for_a_budget_never_gives_a_domain_more_than_it_can_
     cap = cap_of(run_dir)
     assert 0.05 < cap < 0.1
     free = weights_of_tiny(run_dir)
-    print("TINY", seed, cap, free.mean(), free.max())
     assert free.max() > 1.5 * cap, free
     assert free.mean() > cap
     weights = learn(planted, run_dir, token_budget=BUDGET, quiet=True, **{**settings, "proxy": proxy})

@@ -45,7 +45,7 @@ def give_verdict(run_dir, kind="worse", sentence=LOST, best="natural"):
     write_json(path, {**read_json(path), "verdict": verdict})
 
 
-def give_results(run_dir, best):
+def give_results(run_dir, best, pairs=()):
     """Writes the results of a comparison that never was, made with the settings of the run."""
     from doremi_mix.pipeline import resolve
     from doremi_mix.stages import stage_named, wanted_fingerprint
@@ -54,7 +54,7 @@ def give_results(run_dir, best):
     config, _ = resolve(run.describe()["given"], run)
     wanted = wanted_fingerprint(stage_named("compare"), config, run)
     run.begin("compare", wanted, resumable=True)
-    write_json(run_dir / "compare" / "results.json", {"best": best})
+    write_json(run_dir / "compare" / "results.json", {"best": best, "pairs": pairs})
     run.finish("compare", wanted, {}, resumable=True)
 
 
@@ -113,10 +113,37 @@ def test_weights_that_did_not_lose_come_with_their_verdict(run_dir, kind):
     assert len(lines) == 2
 
 
+def pair(mixture, baseline, low, high):
+    average = {"estimate": (low + high) / 2, "low": low, "high": high}
+    return {"mixture": mixture, "baseline": baseline, "average": average}
+
+
+@pytest.mark.parametrize(
+    ("found", "other"),
+    [
+        (pair("uniform", "natural", 0.1, 0.3), "natural"),
+        (pair("learned", "uniform", -0.3, -0.1), "learned"),
+        (pair("uniform", "natural", -0.1, 0.5), None),
+        (pair("uniform", "natural", -0.3, -0.1), None),
+        (pair("temperature", "natural", 0.1, 0.3), None),
+    ],
+)
+def test_a_plain_mixture_that_lost_comes_with_a_warning_too(run_dir, found, other):
+    unknown = {**found, "average": {"estimate": 1.0, "low": None, "high": None}}
+    give_results(run_dir, "natural", [unknown, found])
+    lines, _ = draw(run_dir, "mixture.weights=uniform")
+    warning = (
+        f"  WARNING: the comparison found uniform worse than {other} by 0.2000 nats per token; draw a better one with: "
+        "--set mixture.weights=best"
+    )
+    assert lines[:-1] == ([warning] if other else [])
+
+
 @pytest.mark.parametrize("best", ["natural", "uniform", "temperature", "learned"])
 def test_best_draws_what_the_comparison_found_best(run_dir, best):
     give_verdict(run_dir, best=best)
-    give_results(run_dir, best)
+    # Being the best does not need to be explained, whatever the pairs say for themselves.
+    give_results(run_dir, best, [pair(best, "uniform" if best == "natural" else "natural", 0.1, 0.3)])
     lines, allocation = draw(run_dir, "mixture.weights=best")
     assert lines[0] == f"  the best mixture of the comparison: {best}"
     assert len(lines) == (4 if best == "learned" else 2)

@@ -179,6 +179,8 @@ def _train_one(
     folder = context.folder / part
     # One process looks: the others may see a shared folder later.
     if context.processes.from_main("done" if (folder / SCORES_FILE).exists() else "") == "done":
+        if context.processes.is_main:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         return
     section = context.config.compare.model_copy(update={"seed": seed, "steps": planned.num_steps})
     schedule = Schedule.of_totals(ids_by_domain, planned.num_sequences_K, planned.num_steps, seed)

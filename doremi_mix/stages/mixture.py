@@ -89,11 +89,12 @@ def _chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, fl
     if wanted == "best":
         wanted = read_json(context.run.stage_path("compare") / "results.json")["best"]
         context.narrator.say(f"  the best mixture of the comparison: {wanted}")
+    elif wanted != "learned":
+        _say_losses(context, wanted)
     if wanted == "learned":
         learned = read_weights(context.run)
         _say_verdict(context, learned)
         return learned.domain_weights
-    _say_losses(context, wanted)
     if wanted in MIXTURE_WORDS:
         return plain_weights(wanted, available_tokens(store), context.config.compare.temperature)
     entered = context.config.compare.also.get(wanted)
@@ -107,10 +108,15 @@ def _say_losses(context: StageContext, wanted: str) -> None:
         return
     for pair in read_json(path)["pairs"]:
         average = pair["average"]
-        if pair["mixture"] == wanted and average["low"] is not None and average["low"] > 0:
+        if average["low"] is None:
+            continue
+        worse, other = (pair["mixture"], pair["baseline"])
+        if average["high"] < 0:
+            worse, other = other, worse
+        if worse == wanted and average["low"] * average["high"] > 0:
             context.narrator.say(
-                f"  WARNING: the comparison found {wanted} worse than {pair['baseline']} by {average['estimate']:.4f} "
-                "nats per token; draw a better one with: --set mixture.weights=best"
+                f"  WARNING: the comparison found {wanted} worse than {other} by {abs(average['estimate']):.4f} nats "
+                "per token; draw a better one with: --set mixture.weights=best"
             )
             return
 
