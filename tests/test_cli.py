@@ -201,14 +201,15 @@ def test_init_then_run_each_stage(files, tmp_path_factory, fast):
     summary = json.loads(whole.stdout)
     assert {row["domain"] for row in summary["domains"]} == {"a", "b"}
     assert summary["tokens"]["token_budget"] == 500
+    # What run does with its budget: it bounds the weights, too.
+    budget = ("--set", "mixture.token_budget=500", "--set", "proxy.token_budget=500")
     for stage in ("load", "tokenize", "reference", "reference-losses", "proxy", "weights", "mixture"):
-        step = invoke(
-            stage, "--run-dir", folder / "steps", "--config", config, *fast, "--set", "mixture.token_budget=500"
-        )
+        step = invoke(stage, "--run-dir", folder / "steps", "--config", config, *fast, *budget)
         assert step.exit_code == 0, step.stderr
     for name in ("weights/domain_weights.json", "mixture/mixture.jsonl"):
         assert (folder / "steps" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     states = json.loads(invoke("status", "--run-dir", folder / "steps", "--json").stdout)
+    assert states.pop("compare") == "not started"
     assert set(states.values()) == {"finished"}
 
 
@@ -216,13 +217,14 @@ def test_status_tells_what_is_outdated(finished_run, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run, run_dir)
     data = json.loads((run_dir / "run.json").read_text())
-    data["given"]["proxy"] = {"step_size": 0.5}
+    data["given"]["proxy"] = {"method": "doremi", "step_size": 0.5}
     (run_dir / "run.json").write_text(json.dumps(data))
     (run_dir / "mixture" / "manifest.json").unlink()
     states = json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)
     assert states == {
         **dict.fromkeys(("load", "tokenize", "reference", "reference_losses"), "finished"),
         **dict.fromkeys(("proxy", "weights"), "outdated"),
+        "compare": "not started",
         "mixture": "partial",
     }
 
@@ -237,7 +239,9 @@ def test_closing_table(finished_run, tmp_path):
     assert result.exit_code == 0, result.stderr
     for text in ("natural", "learned", "ratio", "excess", "available", "allocated", "epochs", "水"):
         assert text in result.stdout
-    assert f"doremi-mix run {run_dir}/config.yaml --run-dir {run_dir}-seed1 --set proxy.seed=1" in result.stdout
+    assert f"doremi-mix run {run_dir}/config.yaml --run-dir {run_dir} --seeds 3" in result.stdout
+    assert f"doremi-mix compare --run-dir {run_dir}" in result.stdout
+    assert "verdict: not compared with plain mixtures yet" in result.stdout
     assert f"weights: {run_dir}/weights/domain_weights.json" in result.stdout
     assert result.stderr.count("up to date") == 7
 
@@ -329,7 +333,7 @@ def test_a_run_means_the_same_from_any_folder(files, model_config, tmp_path_fact
     (away / "tiny").mkdir()
     monkeypatch.chdir(away)
     states = json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)
-    assert {state for stage, state in states.items() if stage != "mixture"} == {"finished"}
+    assert {state for stage, state in states.items() if stage not in ("compare", "mixture")} == {"finished"}
     assert invoke("reference", "--run-dir", run_dir).stderr.splitlines()[-1] == "reference: up to date"
 
 
