@@ -18,7 +18,7 @@ from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages import StageContext, compare, training
 
 NAMES = ("large", "middle", "tiny")
-BUDGET = 16_000
+BUDGET = 32_000
 WEIGHTS = {"large": 0.1, "middle": 0.1, "tiny": 0.8}
 
 
@@ -99,7 +99,7 @@ def test_repeating_few_rows_makes_their_domain_worse(unbounded, tmp_path, seed):
     capped, few = held_out_loss(unbounded, tmp_path / "capped", 4, seed)
     repeated, many = held_out_loss(unbounded, tmp_path / "repeated", 10**6, seed)
     assert few == pytest.approx(4, abs=0.3)
-    assert many > 30
+    assert many > 60
     # More of the same budget went to the domain, and it has less of it.
     assert repeated > capped + 1, (seed, capped, repeated)
 
@@ -123,7 +123,7 @@ def test_a_proxy_that_learns_for_a_budget_never_gives_a_domain_more_than_it_can_
     proxy = {**settings["proxy"], "seed": seed}
     learn(planted, run_dir, quiet=True, **{**settings, "proxy": proxy})
     cap = cap_of(run_dir)
-    assert 0.05 < cap < 0.1
+    assert 0.02 < cap < 0.05
     free = weights_of_tiny(run_dir)
     assert free.max() > 1.5 * cap, free
     assert free.mean() > cap

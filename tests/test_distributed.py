@@ -21,6 +21,7 @@ def settings(model_config):
         "tokenize": {"vocab_size": 400, "context_length": 64},
         # A batch of seven does not divide by two.
         "reference": {"model": str(model_config), "steps": STEPS, "batch_size": 7, "learning_rate": 0.003, "folds": 1},
+        "proxy": {"method": "doremi"},
     }
 
 
@@ -35,7 +36,7 @@ def one_process(corpus, settings, tmp_path_factory):
         quiet=True,
         tokenize=settings["tokenize"],
         reference=reference,
-        proxy={"gradient_accumulation_steps": 2},
+        proxy={**settings["proxy"], "gradient_accumulation_steps": 2},
     )
     return run_dir
 

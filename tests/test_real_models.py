@@ -56,9 +56,9 @@ def test_adapters_learn_and_the_base_does_not(corpus, checkpoint, tmp_path):
         **settings(checkpoint, 4, gradient_checkpointing=True),
     )
     assert sum(weights.domain_weights.values()) == pytest.approx(1)
-    for stage in ("reference", "proxy"):
+    for stage, num_steps in (("reference", 12), ("proxy", 6)):
         losses = [line["loss"] for line in read_log(tmp_path / "run" / stage / "metrics.jsonl")]
-        assert len(losses) == 12
+        assert len(losses) == num_steps
         assert sum(losses[-3:]) < sum(losses[:3])
         assert sorted(path.name for path in (tmp_path / "run" / stage / "model").iterdir()) == [
             "adapter_config.json",

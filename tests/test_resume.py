@@ -28,6 +28,8 @@ def arguments(corpus, model_config):
         "reference.learning_rate": 0.01,
         "reference.checkpoint_every": 5,
         "proxy.checkpoint_every": 5,
+        # As many steps as the reference: the kill below falls between two checkpoints.
+        "proxy.method": "doremi",
     }
     sets = [text for key, value in settings.items() for text in ("--set", f"{key}={value}")]
     return ["learn", str(corpus), "--token-budget", "5000", *sets]
