@@ -56,7 +56,7 @@ def weights_of(headroom_K: Tensor, *, power: float = 1.0, smoothing: float = 1e-
         smoothing: the share of the weights given to uniform.
 
     Example:
-        >>> weights_of(torch.tensor([0.3, 0.1, -0.2]), smoothing=0.0).tolist()
+        >>> weights_of(torch.tensor([0.75, 0.25, -0.5]), smoothing=0.0).tolist()
         [0.75, 0.25, 0.0]
     """
     raised_K = headroom_K.double().clamp(min=0) ** power

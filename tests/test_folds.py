@@ -110,6 +110,7 @@ def test_the_plan_counts_the_references(corpus, model_config, monkeypatch):
     def cost(folds):
         reference = {"model": str(model_config), "steps": 12, "batch_size": 6, "folds": folds}
         given = {"sources": sources, "tokenize": {"vocab_size": 400, "context_length": 64}, "reference": reference}
+        given["proxy"] = {"method": "doremi"}
         config, hardware = resolve(given, RunDirectory(corpus / "none"))
         return plan.estimate(config, TokenInfo(400, 1, 0)), describe_plan(config, hardware)
 
