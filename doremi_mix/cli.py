@@ -316,9 +316,18 @@ def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool)
     print("nothing was written; leave out --dry-run to run it")
 
 
-def _print_result(opened: OpenRun, *, as_json: bool) -> None:
+def _show(table: Any) -> None:
+    """Prints a table after an empty line, wider than a terminal's default where there is none."""
     from rich.console import Console
 
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has room
+    console.print()
+    console.print(table)
+
+
+def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     from doremi_mix.report.table import explain_shortfalls, render_table
     from doremi_mix.summary import describe_certainty, next_commands, summarize
 
@@ -326,11 +335,7 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a log file has room
-    console.print()
-    console.print(render_table(summary["domains"], "Domain weights (shares of tokens)"))
+    _show(render_table(summary["domains"], "Domain weights (shares of tokens)"))
     for line in explain_shortfalls(summary["domains"]):
         print(line)
     losses = {stage: loss for stage, loss in summary["held_out_loss"].items() if loss is not None}
@@ -352,8 +357,6 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
 
 
 def _print_comparison(directory: RunDirectory, *, as_json: bool) -> None:
-    from rich.console import Console
-
     from doremi_mix.report.table import render_comparison
     from doremi_mix.run import read_json
 
@@ -362,11 +365,7 @@ def _print_comparison(directory: RunDirectory, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a log file has room
-    console.print()
-    console.print(render_comparison(results))
+    _show(render_comparison(results))
     print(f"verdict: {results['verdict']}")
     if results["detectable_difference"]:
         smallest = max(results["detectable_difference"].values())
