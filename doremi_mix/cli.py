@@ -221,6 +221,90 @@ def compare(
                 _print_comparison(opened.run, as_json=as_json)
 
 
+@app.command("filter")
+def filter_(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
+    """Keeps the rows that pass: duplicates, rules, language models, diversity (filter.preset, filter.rules)."""
+    with _errors_in_one_line(), _opened_stage(stage_named("filter"), run_dir, config, set_) as opened:
+        _print_rows(opened, "filter", as_json=as_json)
+
+
+@app.command()
+def analyze(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
+    """Says what the loaded rows are like: lengths, languages, duplicates, quantiles of every score."""
+    with _errors_in_one_line(), _opened_stage(stage_named("analyze"), run_dir, config, set_) as opened:
+        _print_rows(opened, "analyze", as_json=as_json)
+
+
+@app.command()
+def rejections(
+    run_dir: RunDir,
+    rule: Annotated[str | None, typer.Option("--rule", help="only those of this rule")] = None,
+    domain: Annotated[str | None, typer.Option("--domain", help="only those of this domain")] = None,
+    number: Annotated[int, typer.Option("--num", min=1, help="how many, drawn at random")] = 10,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the draw")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Shows rows that the filter rejected, with the reason, for a person to judge."""
+    from doremi_mix.report.filter_table import render_rejections
+    from doremi_mix.run import RunDirectory
+    from doremi_mix.stages.filter import sample_rejections
+
+    with _errors_in_one_line():
+        directory = RunDirectory(run_dir)
+        directory.describe()
+        rows = sample_rejections(directory, rule, domain, number, seed)
+        if as_json:
+            print(json.dumps(rows, indent=2, ensure_ascii=False))
+        else:
+            _show(render_rejections(rows))
+
+
+@app.command()
+def rules(as_json: AsJson = False) -> None:
+    """Lists the rules of filter.rules: what each looks at, and its default thresholds."""
+    from dataclasses import asdict
+
+    from doremi_mix.filters.rules import RULES
+    from doremi_mix.report.filter_table import render_rules
+
+    if as_json:
+        print(json.dumps([asdict(rule) for rule in RULES], indent=2))
+    else:
+        _show(render_rules(RULES))
+
+
+@app.command()
+def worker(
+    run_dir: RunDir,
+    host: Annotated[int, typer.Option("--host", min=1, help="which of filter.num_hosts this machine is, from 1")],
+) -> None:
+    """Scores rows for a filter that runs on another machine with filter.executor=hosts."""
+    from doremi_mix.executors import run_worker
+    from doremi_mix.progress import Narrator
+
+    with _errors_in_one_line():
+        run_worker(run_dir, host, Narrator())
+
+
+def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
+    """Prints what analyze or filter found."""
+    from doremi_mix.report.filter_table import render_filter, render_statistics
+    from doremi_mix.run import read_json
+
+    if not opened.processes.is_main:
+        return
+    name, render = {"filter": ("summary.json", render_filter), "analyze": ("statistics.json", render_statistics)}[stage]
+    folder = opened.run.stage_path(stage)
+    result = read_json(folder / name)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    _show(render(result))
+    print(f"{stage}: {folder / name}")
+    if stage == "filter" and any(step["rejected"] for step in result["steps"]):
+        print(f"look at rejected rows: doremi-mix rejections --run-dir {opened.run.path} --rule RULE")
+
+
 def _stage_command(stage: Stage) -> Callable[..., None]:
     def command(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None) -> None:
         with _errors_in_one_line(), _opened_stage(stage, run_dir, config, set_):
@@ -258,7 +342,7 @@ def _opened_stage(
 
 
 for _stage in STAGES:
-    if _stage.name != "compare":
+    if _stage.name not in ("analyze", "filter", "compare"):
         app.command(command_of(_stage.name))(_stage_command(_stage))
 
 

@@ -61,6 +61,127 @@ class LoadConfig(Section):
     )
 
 
+class RuleConfig(Section):
+    """The thresholds of one rule; what is not given stays as the preset has it, or as the rule's default."""
+
+    min: float | None = Field(default=None, description="the smallest value that is kept")
+    max: float | None = Field(default=None, description="the largest value that is kept")
+    min_quantile: Share | None = Field(default=None, description="instead of min: a quantile of each domain's values")
+    max_quantile: Share | None = Field(default=None, description="instead of max: a quantile of each domain's values")
+    allowed: tuple[str, ...] | None = Field(default=None, description="of the rule languages: the languages kept")
+    applies: Literal["all", "zh", "other"] | None = Field(
+        default=None, description="to rows of any script (all), of Chinese script (zh), or of another (other)"
+    )
+    parameter: PositiveInt | None = Field(default=None, description="characters or words of an n-gram, for repetition")
+
+
+class AnalyzeConfig(Section):
+    """Stage analyze: what the data are like, before and after filtering."""
+
+    in_run: bool = Field(
+        default=False,
+        json_schema_extra=_NO_RESULT,
+        description="analyze as a part of learn and run; a run that filters always does",
+    )
+    num_longest: PositiveInt = Field(default=5, description="longest rows to list, of each domain")
+
+
+class FilterConfig(Section):
+    """Stage filter: which of the loaded rows are kept, and why the others are not."""
+
+    preset: Literal["none", "ke_data_juicer", "data_juicer_refine", "second_place"] = Field(
+        default="none", description="a published recipe; the settings below go on top of it"
+    )
+    recipe: str | None = Field(default=None, description="instead of a preset: a recipe file of Data-Juicer (YAML)")
+    rules: dict[str, RuleConfig | None] = Field(
+        default_factory=dict,
+        description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; null switches a rule off; "
+        "all rules: doremi-mix rules",
+    )
+    exact_duplicates: Literal["off", "text", "spaces", "characters"] | None = Field(
+        default=None,
+        description="drop rows whose text is the same: text (as it is), spaces (case, width and white space folded), "
+        "characters (letters alone); null: by the preset",
+    )
+    priority: tuple[str, ...] = Field(
+        default=(),
+        description="the domains that keep a row that others have too, first ones first; the rest follow in the order "
+        "of sources",
+    )
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | Literal["off"] | None = Field(
+        default=None,
+        description="drop rows of this Jaccard similarity to a kept one (0.7), or off; null: by the preset",
+    )
+    shingle_size: PositiveInt = Field(default=5, description="characters in a shingle of near-duplicate detection")
+    num_permutations: Annotated[int, Field(ge=16, le=1024)] = Field(
+        default=128, description="length of a MinHash signature: longer is more exact"
+    )
+    models: tuple[str, ...] = Field(
+        default=(),
+        description="causal LMs that score perplexity and IFD: folders, hub names, .gguf files, or run directories of "
+        "ours, whose reference model is taken",
+    )
+    min_votes: PositiveInt | None = Field(
+        default=None, description="models that must find a row within the range; null: the median over models must be"
+    )
+    ifd: Literal["loss_ratio", "perplexity_ratio"] = Field(
+        default="loss_ratio",
+        description="how instruction-following difficulty is read: the ratio of mean losses, or of perplexities",
+    )
+    max_model_tokens: Annotated[int, Field(ge=8)] | None = Field(
+        default=None,
+        description="tokens of a row that a model reads, longer rows are cut; null: 1,024 for scores and 512 for "
+        "embeddings, or as many as the model takes",
+    )
+    model_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="precision of scoring models")
+    trust_remote_code: bool = Field(
+        default=False, json_schema_extra=_NO_RESULT, description="let hub models run their own code"
+    )
+    num_examples: PositiveInt | Literal["all"] | None = Field(
+        default=None, description="keep so many diverse examples; null: by the preset"
+    )
+    per_domain: bool = Field(default=False, description="keep num_examples of each domain, not of all together")
+    diversity: Literal["k_center", "facility_location"] = Field(
+        default="k_center", description="how diverse examples are chosen; facility_location needs submodlib"
+    )
+    diversity_shards: PositiveInt = Field(
+        default=1,
+        description="of k_center: choose in so many parts and then among the chosen, with less memory; no example is "
+        "farther from a chosen one than four times the best possible, instead of twice",
+    )
+    quality_weighted: bool = Field(
+        default=False, description="weight distance by instruction-following difficulty when choosing diverse examples"
+    )
+    embedding: str = Field(
+        default="ngrams",
+        description="ngrams (hashed character n-grams), an encoder's folder or hub name, or a run directory",
+    )
+    flagged_words: str | None = Field(
+        default=None, description="a file of words, one a line, for the rule flagged_words"
+    )
+    stopwords: str | None = Field(default=None, description="a file of words, one a line, for the rule stopwords")
+    seed: Seed = Field(default=0, description="of hashes")
+    executor: Literal["local", "hosts", "slurm", "ray"] = Field(
+        default="local",
+        json_schema_extra=_NO_RESULT,
+        description="who scores rows: processes here, several machines on a shared folder, Slurm, or Ray (the last "
+        "three need doremi-mix[cluster])",
+    )
+    workers: PositiveInt | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="processes (local: in all; hosts: on each machine; slurm and ray: tasks); null: one a core, for "
+        "models one a GPU",
+    )
+    num_hosts: PositiveInt = Field(
+        default=1, json_schema_extra=_NO_RESULT, description="machines of the executor hosts, this one included"
+    )
+    slurm_partition: str | None = Field(default=None, json_schema_extra=_NO_RESULT, description="of the executor slurm")
+    slurm_time: str = Field(
+        default="04:00:00", json_schema_extra=_NO_RESULT, description="time limit of a Slurm task, hh:mm:ss"
+    )
+
+
 class TokenizeConfig(Section):
     """Stage tokenize: text to packed sequences, and the held-out split."""
 
@@ -312,6 +433,8 @@ class Config(Section):
     )
     data_root: str | None = Field(default=None, description="where relative paths start; null: the folder of this file")
     load: LoadConfig = LoadConfig()
+    analyze: AnalyzeConfig = AnalyzeConfig()
+    filter: FilterConfig = FilterConfig()
     tokenize: TokenizeConfig = TokenizeConfig()
     reference: ReferenceConfig = ReferenceConfig()
     proxy: ProxyConfig = ProxyConfig()
@@ -398,6 +521,8 @@ def section_of(location: tuple[int | str, ...]) -> type[Section]:
     for part in location:
         if part == "sources":
             section = SourceConfig
+        elif part == "rules" and section is FilterConfig:
+            section = RuleConfig
         elif isinstance(part, str) and part in section.model_fields:
             annotation = section.model_fields[part].annotation
             if isinstance(annotation, type) and issubclass(annotation, Section):

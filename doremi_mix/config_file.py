@@ -22,6 +22,10 @@ _PATHS = (
     ("proxy", "model"),
     ("compare", "model"),
     ("mixture", "weights"),
+    ("filter", "recipe"),
+    ("filter", "embedding"),
+    ("filter", "flagged_words"),
+    ("filter", "stopwords"),
 )
 
 
@@ -31,10 +35,30 @@ def load_config_file(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not YAML or is not a mapping.
     """
+    data = load_yaml(path, missing=f"write one with: doremi-mix init FILES --out {path}")
+    root = data.get("data_root")
+    if not isinstance(root, str | None):
+        raise ConfigError(f"{path}: data_root must be a folder's path, got {root!r}")
+    folder = path.absolute().parent
+    if {"sources", "catalog", "data_root"} & data.keys():
+        data["data_root"] = str(folder / Path(root or ".").expanduser())
+    return anchor_paths(data, folder)
+
+
+def load_yaml(path: Path, missing: str = "check the path") -> dict[str, Any]:
+    """Reads a YAML file into a mapping.
+
+    Args:
+        path: the file.
+        missing: what to do when it is not there.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or is not a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file; write one with: doremi-mix init FILES --out {path}") from None
+        raise ConfigError(f"{path}: no such config file; {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a config file ({error})") from None
     try:
@@ -44,13 +68,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not YAML: {problem}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a mapping of sections, got {type(data).__name__}")
-    root = data.get("data_root")
-    if not isinstance(root, str | None):
-        raise ConfigError(f"{path}: data_root must be a folder's path, got {root!r}")
-    folder = path.absolute().parent
-    if {"sources", "catalog", "data_root"} & data.keys():
-        data["data_root"] = str(folder / Path(root or ".").expanduser())
-    return anchor_paths(data, folder)
+    return data
 
 
 def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -69,10 +87,14 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(settings, dict) and isinstance(value, os.PathLike):
             value = settings[key] = os.fspath(value)
         # A word is a word, also where a file of its name lies about.
-        words = MIXTURE_WORDS if key == "weights" else PRESETS
+        words = {"weights": MIXTURE_WORDS, "embedding": ("ngrams",)}.get(key, PRESETS)
         if isinstance(settings, dict) and isinstance(value, str) and value not in words:
             path = folder / Path(value).expanduser()
             settings[key] = str(path) if path.exists() else value
+    scoring = result["filter"].get("models") if isinstance(result.get("filter"), dict) else None
+    if isinstance(scoring, list | tuple):
+        paths = [(model, folder / Path(model).expanduser()) for model in map(os.fspath, scoring)]
+        result["filter"]["models"] = [str(path) if path.exists() else model for model, path in paths]
     entered = result["compare"].get("also") if isinstance(result.get("compare"), dict) else None
     if isinstance(entered, dict):
         for name, path in entered.items():

@@ -161,9 +161,11 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
         ConfigError: settings contradict each other or the domains.
         ModelError: a model is no preset, no path and no name of the hub.
     """
+    from doremi_mix.filtering import check_filter
     from doremi_mix.stages.tokenize import make_template
 
     make_template(config.tokenize)
+    check_filter(config, names)
     check_vocab_size(config.tokenize.vocab_size, given=config.tokenize.tokenizer)
     check_reference_weights(config, names)
     check_proxy_batch(config, len(names))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,6 +43,8 @@ LORA_LEARNING_RATE = 2e-4
 EMBEDDING_FACTOR = 10
 """Fresh embeddings must grow far from their small start before a model can learn more than how common each token is; at
 the rate of the other matrices that takes most of a short training."""
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
+"""Where Linux shows GPUs: NVIDIA's, those of Windows under WSL, AMD's."""
 MICRO_BATCH_TOKENS = 65_536
 """Tokens in one forward pass at most."""
 UNKNOWN_MODEL_TOKENS = 16_384
@@ -64,6 +68,8 @@ class Estimate:
 
 def detect_hardware() -> str:
     """Returns ``cuda`` or ``cpu``."""
+    if sys.platform == "linux" and not any(map(os.path.exists, GPU_DEVICES)):
+        return "cpu"  # told without torch, which takes a second to load
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,6 +25,14 @@ SHELL = (
     "plan",
     "replicas",
     "distributed",
+    "filtering",
+    "filter_steps",
+    "score_store",
+    "row_jobs",
+    "row_workers",
+    "hosts",
+    "executors",
+    "cluster",
 )
 CORE = [
     path

@@ -349,6 +349,98 @@ def test_open_source_reads_all_rows_each_time(tmp_path):
         ]
 
 
+# --- what Data-Juicer exports ---
+
+STATS = {"__dj__hash": "0a1b", "__dj__source_file__": "a.jsonl", "__dj__stats__": {"text_len": 7, "lang": "en"}}
+PAIR = {"instruction": "Add 1 and 2.", "input": "", "output": "3"}
+EXPORTED = {
+    "beside": {"text": "Add 1 and 2.  3", **PAIR, "meta": {"lang": "en"}, **STATS},
+    "under meta": {"text": "Add 1 and 2.  3", "meta": PAIR, **STATS},
+    "query and response": {"query": PAIR["instruction"], "response": "3", "history": [], "text": "x", **STATS},
+    "turns": {
+        "messages": [{"role": "user", "content": PAIR["instruction"]}, {"role": "assistant", "content": "3"}],
+        "text": "x",
+        **STATS,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize(
+    ("rows", "description"),
+    [
+        ("beside", "alpaca (instruction, input, output)"),
+        ("under meta", "alpaca (instruction, input, output under meta)"),
+        ("query and response", "alpaca (instruction=query, output=response, history)"),
+        ("turns", "chat (messages)"),
+    ],
+)
+def test_what_data_juicer_exports(tmp_path, rows, description, kind):
+    row = EXPORTED[rows]
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":  # where the statistics are JSON in a string
+        row = {**row, "__dj__stats__": json.dumps(row["__dj__stats__"])}
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if kind == "json" else row) + "\n", encoding="utf-8")
+    opened = open_source(Source("d", path))
+    assert opened.schema.describe() == description
+    (example,) = opened
+    assert (example.instruction, example.input, example.output) == ("Add 1 and 2.", "", "3")
+    assert json.loads(example.row) == row
+
+
+def test_plain_text_of_data_juicer_stays_plain_text():
+    rows = [{"text": "A story.", "meta": {"url": "x", "output": "y"}, **STATS}]
+    assert detect_schema("d.jsonl", rows).describe() == "text (text)"
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "description"),
+    [
+        ({"text": "x", "meta": PAIR}, {"schema": "text"}, "text (text)"),
+        ({"text": "x", "meta": PAIR}, {"schema": "alpaca"}, "alpaca (instruction, input, output under meta)"),
+        (
+            {"text": "x", "meta": {"q": "1", "a": "2"}},
+            {"columns": {"instruction": "meta.q", "output": "meta.a"}},
+            "alpaca (instruction=q, output=a under meta)",
+        ),
+        ({"meta": {"content": "1"}}, {"columns": {"text": "meta.content"}}, "text (text=content under meta)"),
+        (
+            {"meta.q": "1", "a": "2"},
+            {"columns": {"instruction": "meta.q", "output": "a"}},
+            "alpaca (instruction=meta.q, output=a)",
+        ),
+        ({"prompt": "p", "response": "r", "meta": PAIR}, {}, "alpaca (instruction=prompt, output=response)"),
+        ({"messages": [], "meta": PAIR}, {}, "chat (messages)"),
+    ],
+)
+def test_what_is_read_from_meta(row, settings, description):
+    assert detect_schema("d.json", [row], **settings).describe() == description
+
+
+def test_a_row_whose_meta_is_no_object_is_rejected(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [EXPORTED["under meta"], {"text": "x", "meta": "lost"}, {"meta": {**PAIR, "output": ""}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    good, *bad = open_source(Source("d", path))
+    assert isinstance(good, Example)
+    assert [(rejection.rule, rejection.detail) for rejection in bad] == [
+        ("wrong_type", '"meta" must be an object, got a string'),
+        ("empty_output", '"output" has no text'),
+    ]
+    assert json.loads(bad[1].row) == rows[2]
+
+
+def test_the_statistics_that_data_juicer_writes_beside_rows_are_no_source():
+    with pytest.raises(SchemaError) as caught:
+        detect_schema("d_stats.jsonl", [{"__dj__stats__": {"text_len": 7}, "__dj__meta__": {}}])
+    assert str(caught.value) == (
+        "d_stats.jsonl: holds what Data-Juicer says about rows (__dj__stats__, __dj__meta__) and not the rows, which "
+        "are in the file beside it; leave it out"
+    )
+
+
 def test_an_optional_column_may_come_late(tmp_path):
     rows = [{"instruction": "a", "output": "c"}] * 300 + [{"instruction": "a", "input": "b", "output": "c"}]
     (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")

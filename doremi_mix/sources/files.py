@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import re
@@ -66,6 +67,9 @@ def _list_folder(folder: Path) -> list[Path]:
     except OSError as error:
         raise SourceNotFoundError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
     files = [path for path in entries if not path.name.startswith(".") and _suffixes(path)[0] and path.is_file()]
+    # Data-Juicer writes the statistics of X.jsonl beside it, as X_stats.jsonl.
+    names = {path.name for path in files}
+    files = [path for path in files if "_stats." not in path.name or path.name.replace("_stats.", ".") not in names]
     if not files:
         num_folders = sum(path.is_dir() for path in entries)
         below = f" directly in it (its {num_folders:,} folders are not searched)" if num_folders else ""
@@ -92,6 +96,13 @@ def _suffixes(path: Path) -> tuple[str, str]:
     return (kind if kind.lower() in _FORMAT_OF_SUFFIX else ""), packed
 
 
+@functools.cache
+def _sha256_once(path: Path, _size: int, _modified: int) -> str:
+    """Large files are asked for by several stages: one process reads each once, unless it changes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """Returns the SHA-256, in hexadecimal, of the bytes of a file as they lie on the disk (compressed or not).
 
@@ -100,8 +111,8 @@ def sha256_of(path: Path) -> str:
         SourceFormatError: it is a folder, or cannot be opened.
     """
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        seen = path.stat()
+        return _sha256_once(path, seen.st_size, seen.st_mtime_ns)
     except FileNotFoundError:
         raise SourceNotFoundError(f"{path}: there is no such file; check the path") from None
     except OSError as error:

@@ -6,6 +6,9 @@ A file has one of three schemas, found once from its first rows:
 - ``chat``: a list of turns, ``messages`` with role and content or ShareGPT's ``conversations`` with from and value;
 - ``text``: plain text.
 
+Data-Juicer may keep an instruction and its output under ``meta`` beside their joined ``text``; that is ``alpaca`` too,
+read from ``meta``.  What Data-Juicer adds to rows (``__dj__stats__`` and the like) stays in them.
+
 Where the columns fit no schema, or more than one, a person decides in the config; nothing is guessed.
 """
 
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,9 @@ _SIDE_OF_ROLE = {
     "system": _SYSTEM,
 }
 _MAX_SHOWN_COLUMNS = 12
+_META = "meta."
+"""What the config writes before the name of a column under the column meta."""
+_ADDED_BY_DATA_JUICER = "__dj__"
 
 Converter = Callable[[RawRow], Example | Rejection]
 
@@ -53,10 +59,12 @@ class RowSchema:
     Attributes:
         kind: ``alpaca``, ``chat`` or ``text``.
         columns: for each part of the schema that the file has, the column that holds it.
+        under: the column that holds an object with all of these; empty: they are the row's own.
     """
 
     kind: str
     columns: Mapping[str, str] = field(default_factory=dict)
+    under: str = ""
 
     def describe(self) -> str:
         """Returns the schema in a few words.
@@ -66,7 +74,7 @@ class RowSchema:
             'alpaca (instruction=prompt, output)'
         """
         parts = (part if part == column else f"{part}={column}" for part, column in self.columns.items())
-        return f"{self.kind} ({', '.join(parts)})"
+        return f"{self.kind} ({', '.join(parts)}{f' under {self.under}' if self.under else ''})"
 
 
 def check_overrides(schema: str | None, columns: Mapping[str, str]) -> None:
@@ -99,7 +107,8 @@ def detect_schema(
     """Finds out what the columns of a file mean.
 
     A pair of an instruction and an output makes it ``alpaca``, whatever stands beside it other than a list of turns; a
-    list of turns makes it ``chat``, with or without a lone prompt; ``text`` alone makes it ``text``.
+    list of turns makes it ``chat``, with or without a lone prompt; ``instruction`` and ``output`` under ``meta`` make
+    it ``alpaca``, with or without a ``text``; ``text`` alone makes it ``text``.
 
     Args:
         path: the file, for messages.
@@ -114,6 +123,18 @@ def detect_schema(
     named = dict(columns or {})
     check_overrides(schema, named)
     found = list(dict.fromkeys(column for row in rows for column in row))
+    if found and all(column.startswith(_ADDED_BY_DATA_JUICER) for column in found):
+        raise SchemaError(
+            f"{path}: holds what Data-Juicer says about rows ({_listed(found)}) and not the rows, which are in the "
+            "file beside it; leave it out"
+        )
+    metas = _rows_of_meta(rows, found, schema, named)
+    if metas:
+        inside = {part: column.removeprefix(_META) for part, column in named.items()}
+        nested = detect_schema(
+            path, metas, schema=schema, columns=inside or {"instruction": "instruction", "output": "output"}
+        )
+        return replace(nested, under="meta")
     for part, column in named.items():
         if column not in found:
             raise SchemaError(
@@ -123,6 +144,19 @@ def detect_schema(
     implied = next((kind for kind in SCHEMAS if named.keys() & SCHEMAS[kind].keys() - {"system"}), None)
     kind = schema or implied or _kind_of_columns(path, found)
     return RowSchema(kind, _bind(path, kind, found, named))
+
+
+def _rows_of_meta(
+    rows: Sequence[Mapping[str, Any]], found: Sequence[str], schema: str | None, named: Mapping[str, str]
+) -> list[Mapping[str, Any]]:
+    """Returns what the rows have under meta, if examples are to be read from there."""
+    metas = [row["meta"] for row in rows if isinstance(row.get("meta"), dict)]
+    if named:
+        return metas if all(name.startswith(_META) and name not in found for name in named.values()) else []
+    parts = ("alpaca", "instruction"), ("alpaca", "output"), ("chat", "messages")
+    beside = any(_present(kind, part, found) for kind, part in parts)
+    has_pair = any("instruction" in meta for meta in metas) and any("output" in meta for meta in metas)
+    return metas if has_pair and not beside and schema != "text" else []
 
 
 def _kind_of_columns(path: Path | str, found: Sequence[str]) -> str:
@@ -223,6 +257,8 @@ def make_converter(schema: RowSchema, *, path: Path | str, domain: str) -> Conve
     ``empty_output``, ``unknown_role`` or ``no_assistant_turn``.
     """
     make = {"alpaca": _alpaca_maker, "chat": _chat_maker, "text": _text_maker}[schema.kind](schema.columns, domain)
+    if schema.under:
+        make = _from_under(schema.under, make)
     shown_path = str(path)
 
     def convert(raw: RawRow) -> Example | Rejection:
@@ -236,6 +272,16 @@ def make_converter(schema: RowSchema, *, path: Path | str, domain: str) -> Conve
         return Rejection(f"{domain}:{raw.number}", domain, shown_path, raw.number, rule, detail, raw.text)
 
     return convert
+
+
+def _from_under(column: str, make: Callable[[RawRow], Example]) -> Callable[[RawRow], Example]:
+    def make_nested(raw: RawRow) -> Example:
+        inside = (raw.value or {}).get(column)
+        if not isinstance(inside, dict):
+            raise _UnusableError("wrong_type", f'"{column}" must be an object, got {json_kind(inside)}')
+        return make(replace(raw, value=inside))
+
+    return make_nested
 
 
 class _UnusableError(Exception):

@@ -6,7 +6,6 @@ core and writes artifacts into ``context.folder``.
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib
 import shlex
@@ -57,6 +56,7 @@ class Stage:
         outputs: files without which it has not finished, whatever its manifest says; where they depend on what the
             stage came to, a function from its folder to them.
         also_reads: further stages that it reads under some settings.
+        in_run: whether learn and run come to it; it is also a command of its own.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Stage:
     scratch: tuple[str, ...] = ()
     outputs: tuple[str, ...] | Callable[[Path], tuple[str, ...]] = ()
     also_reads: Callable[[Config], tuple[str, ...]] = lambda _config: ()
+    in_run: Callable[[Config], bool] = lambda _config: True
 
     def manifest(self, run: RunDirectory) -> dict[str, Any] | None:
         """Returns the stage's manifest when it has finished and its files are still there."""
@@ -86,7 +87,7 @@ def _load_settings(config: Config) -> Any:
 def _tokenize_settings(config: Config) -> Any:
     settings = config.tokenize.result_settings()
     if config.tokenize.tokenizer is not None:
-        settings["tokenizer"] = _contents_of(config.tokenize.tokenizer)
+        settings["tokenizer"] = contents_of(config.tokenize.tokenizer)
         settings.pop("vocab_size")
     return settings
 
@@ -94,7 +95,45 @@ def _tokenize_settings(config: Config) -> Any:
 def _model_settings(config: Config, section: str) -> Any:
     settings = getattr(config, section).result_settings()
     # A preset is a preset, also where a folder of its name lies about.
-    return settings if settings["model"] in PRESETS else {**settings, "model": _contents_of(settings["model"])}
+    return settings if settings["model"] in PRESETS else {**settings, "model": contents_of(settings["model"])}
+
+
+def _analyze_settings(config: Config) -> Any:
+    from doremi_mix.filtering import filter_plan
+
+    tokenizer = config.tokenize.tokenizer
+    return {
+        "analyze": config.analyze.result_settings(),
+        "compared_by": filter_plan(config.filter).exact_duplicates or "spaces",
+        "tokenizer": None if tokenizer is None else contents_of(tokenizer),
+    }
+
+
+def _filter_settings(config: Config) -> Any:
+    """The plan as it was settled, and what of the settings decides scores."""
+    from dataclasses import asdict
+
+    from doremi_mix.filtering import filter_plan, score_settings
+
+    plan = asdict(filter_plan(config.filter))
+    del plan["notes"]
+    return {"plan": plan, "priority": list(config.filter.priority), "scores": score_settings(config)}
+
+
+def filters(config: Config) -> bool:
+    """Says whether the configuration filters anything; if not, the stages after it read what was loaded."""
+    from doremi_mix.filtering import filter_plan
+
+    return not filter_plan(config.filter).is_empty
+
+
+def rows_stage(config: Config) -> str:
+    """Returns the stage whose rows are trained on: filter, or load where nothing is filtered."""
+    return "filter" if filters(config) else "load"
+
+
+def _rows_reads(config: Config) -> tuple[str, ...]:
+    return (rows_stage(config),)
 
 
 def _reference_outputs(folder: Path) -> tuple[str, ...]:
@@ -133,7 +172,7 @@ def _cap_settings(config: Config) -> dict[str, Any]:
 
 def _compare_settings(config: Config) -> Any:
     settings = _model_settings(config, "compare")
-    also = {name: _contents_of(path) for name, path in config.compare.also.items()}
+    also = {name: contents_of(path) for name, path in config.compare.also.items()}
     return {**settings, "also": also, "mixture": _budget_settings(config)}
 
 
@@ -144,15 +183,15 @@ def _budget_settings(config: Config) -> Any:
 def _mixture_settings(config: Config) -> Any:
     settings = config.mixture.result_settings()
     if settings["weights"] not in MIXTURE_WORDS:
-        settings["weights"] = _contents_of(config.compare.also.get(settings["weights"], settings["weights"]))
+        settings["weights"] = contents_of(config.compare.also.get(settings["weights"], settings["weights"]))
     if settings["weights"] == "temperature":
         settings["temperature"] = config.compare.temperature
     return settings
 
 
 def _mixture_reads(config: Config) -> tuple[str, ...]:
-    wanted = config.mixture.weights
-    return {"learned": ("weights",), "best": ("weights", "compare")}.get(wanted, ())
+    wanted = {"learned": ("weights",), "best": ("weights", "compare")}.get(config.mixture.weights, ())
+    return (*_rows_reads(config), *wanted)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -164,12 +203,29 @@ STAGES: tuple[Stage, ...] = (
         outputs=("summary.json", "rejections.parquet"),
     ),
     Stage(
-        "tokenize",
+        "analyze",
         ("load",),
+        _analyze_settings,
+        "what the loaded rows are like: lengths, languages, duplicates, quantiles of every score",
+        outputs=("statistics.json",),
+        in_run=lambda config: config.analyze.in_run or filters(config),
+    ),
+    Stage(
+        "filter",
+        ("load",),
+        _filter_settings,
+        "keep the rows that pass: duplicates, rules, language models, diversity",
+        outputs=("summary.json", "rejections.parquet"),
+        in_run=filters,
+    ),
+    Stage(
+        "tokenize",
+        (),
         _tokenize_settings,
         "text to packed token sequences, and the held-out split",
         version=2,
         outputs=("domains.json", "tokenizer.json", "tokens.bin", "loss_mask.bin", "sequence_documents.npy"),
+        also_reads=_rows_reads,
     ),
     Stage(
         "reference",
@@ -216,14 +272,16 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         outputs=("results.json",),
+        in_run=lambda config: config.compare.in_run or config.mixture.weights == "best",
     ),
     Stage(
         "mixture",
-        ("load", "tokenize"),
+        ("tokenize",),
         _mixture_settings,
         "draw the training set under the token budget",
         outputs=("mixture.jsonl", "ratio.json", "allocation.json"),
         also_reads=_mixture_reads,
+        in_run=lambda config: config.mixture.token_budget is not None,
     ),
 )
 
@@ -365,13 +423,11 @@ def _execute(stage: Stage, context: StageContext) -> str:
 
 
 def run_pipeline(config: Config, run: RunDirectory, narrator: Narrator, processes: Processes) -> None:
-    """Brings every stage up to date, in order; the mixture only when there is a token budget."""
+    """Brings every stage of the run up to date, in order."""
     from doremi_mix.stages.mixture import check_budget
 
     for stage in STAGES:
-        if stage.name == "mixture" and config.mixture.token_budget is None:
-            continue
-        if stage.name == "compare" and not (config.compare.in_run or config.mixture.weights == "best"):
+        if not stage.in_run(config):
             continue
         if stage.name in PER_REPLICA[1:]:
             continue
@@ -434,7 +490,8 @@ def _is_current(replica: Replica) -> bool:
 def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
     """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``.
 
-    A stage that is run in several rounds and seeds is finished when all of them are.
+    A stage that is run in several rounds and seeds is finished when all of them are.  Analyze and filter are left out
+    where they neither belong to the run nor were started.
     """
     states: dict[str, str] = {}
     for stage in STAGES:
@@ -444,7 +501,8 @@ def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
             )
         else:
             states[stage.name] = _state(stage, config, run)
-    return states
+    optional = [name for name in ("analyze", "filter") if not stage_named(name).in_run(config)]
+    return {name: state for name, state in states.items() if state != "not started" or name not in optional}
 
 
 def _joint_state(states: Sequence[str]) -> str:
@@ -472,16 +530,10 @@ def _remove_scratch(stage: Stage, run: RunDirectory) -> None:
         (run.stage_path(stage.name) / name).unlink(missing_ok=True)
 
 
-def _contents_of(name_or_path: str) -> Any:
+def contents_of(name_or_path: str) -> Any:
     """Returns the sha256 of each file of a local model or tokenizer; the name itself for one on the hub."""
     path = Path(name_or_path).expanduser()
     if not path.exists():
         return name_or_path
     files = sorted(file for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
-    return {file.name: _sha256_once(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-
-
-@functools.cache
-def _sha256_once(path: Path, _size: int, _modified: int) -> str:
-    """A checkpoint is large and asked for by several stages: one process reads it once."""
-    return sha256_of(path)
+    return {file.name: sha256_of(file) for file in files}

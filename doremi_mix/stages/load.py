@@ -216,6 +216,13 @@ def read_rows(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list
         yield batch.column(0).to_pylist()
 
 
+def read_ids(folder: Path, domain: str) -> pa.ChunkedArray:
+    """Reads back the ids of a domain's kept examples."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(loaded_path(folder, domain), columns=["id"], use_threads=False).column(0)
+
+
 def _read_batches(path: Path, chunk_size: int, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Reads a Parquet file page by page; left to itself, pyarrow would keep all of the file until the end."""
     import pyarrow.parquet as pq
@@ -284,8 +291,13 @@ def _write_examples(writer: Any, examples: list[Example]) -> None:
         name: [getattr(example, name) for example in examples]
         for name in ("id", "domain", "instruction", "input", "output", "system", "row")
     }
-    columns["history"] = [[{"user": user, "assistant": answer} for user, answer in e.history] for e in examples]
-    writer.write_table(pa.table(columns, schema=_example_schema()))
+    schema = _example_schema()
+    if any(example.history for example in examples):
+        columns["history"] = [[{"user": user, "assistant": answer} for user, answer in e.history] for e in examples]
+    else:  # most collections have single turns
+        no_turns = pa.array([], schema.field("history").type.value_type)
+        columns["history"] = pa.ListArray.from_arrays([0] * (len(examples) + 1), no_turns)
+    writer.write_table(pa.table(columns, schema=schema))
 
 
 def _write_rejections(writer: Any, rejections: list[Rejection]) -> None:

@@ -22,7 +22,7 @@ from doremi_mix.errors import BudgetError, ConfigError
 from doremi_mix.mixture import allocate, draw_examples, mixture_order, uniform_weights
 from doremi_mix.progress import Tracker
 from doremi_mix.run import RunDirectory, read_json, write_json
-from doremi_mix.stages import StageContext
+from doremi_mix.stages import StageContext, rows_stage
 from doremi_mix.stages.load import read_rows
 from doremi_mix.stages.training import available_tokens, open_store, weight_caps
 from doremi_mix.stages.weights import plain_weights, read_weights, weights_from
@@ -57,7 +57,7 @@ def run(context: StageContext) -> str:
     allocation = allocate(weights, available_tokens(store), config.token_budget, config.max_epochs)
     draws = draw_domains(store, allocation, config.seed)
     positions = mixture_order([len(rows) for rows, _ in draws.values()], config.seed)
-    load_folder = context.run.stage_path("load")
+    rows_folder = context.run.stage_path(rows_stage(context.config))
     drawn = {name: tokens for name, (_, tokens) in draws.items()}
     total = sum(drawn.values())
     if total == 0:
@@ -67,7 +67,7 @@ def run(context: StageContext) -> str:
         )
     with context.narrator.track("mixture", len(positions), "rows") as tracker:
         for key in _free_keys():
-            if _write(context.folder, load_folder, draws, positions, key, tracker):
+            if _write(context.folder, rows_folder, draws, positions, key, tracker):
                 break
     if key != DOMAIN_KEY:
         context.narrator.say(f'  some rows have a "{DOMAIN_KEY}" of their own; the domain is written as "{key}"')
@@ -164,7 +164,7 @@ def _mean_tokens(store: TokenStore) -> float:
 
 def _write(
     folder: Path,
-    load_folder: Path,
+    rows_folder: Path,
     draws: dict[str, tuple[NDArray[np.int64], int]],
     positions: NDArray[np.int64],
     key: str,
@@ -183,7 +183,7 @@ def _write(
         for name, (rows, _) in draws.items():
             targets = positions[start : start + len(rows)]
             start += len(rows)
-            for position, text in _rows_at(load_folder, name, rows, targets):
+            for position, text in _rows_at(rows_folder, name, rows, targets):
                 line = _with_domain(text, key, name)
                 if line is None:
                     return False
@@ -208,13 +208,13 @@ def _write(
 
 
 def _rows_at(
-    load_folder: Path, name: str, rows: NDArray[np.int64], targets: NDArray[np.int64]
+    rows_folder: Path, name: str, rows: NDArray[np.int64], targets: NDArray[np.int64]
 ) -> Iterator[tuple[int, str]]:
     """Yields (position in the mixture, row) for the drawn rows of a domain, in file order."""
     order = np.argsort(rows, kind="stable")
     sorted_rows, sorted_targets = rows[order], targets[order]
     first = 0
-    for texts in read_rows(load_folder, name):
+    for texts in read_rows(rows_folder, name):
         low, high = np.searchsorted(sorted_rows, [first, first + len(texts)])
         for row, target in zip(sorted_rows[low:high].tolist(), sorted_targets[low:high].tolist(), strict=True):
             yield target, texts[row - first]

@@ -16,7 +16,7 @@ import numpy as np
 from doremi_mix.bpe import train_byte_level_bpe
 from doremi_mix.config import TokenizeConfig
 from doremi_mix.run import write_json
-from doremi_mix.stages import StageContext
+from doremi_mix.stages import StageContext, rows_stage
 from doremi_mix.stages.load import loaded_path, read_examples, read_summary
 from doremi_mix.store import ArrayWriter, TokenStore, TokenStoreWriter
 from doremi_mix.tokenizer import Tokenizer, load_tokenizer
@@ -35,11 +35,11 @@ def make_template(config: TokenizeConfig) -> Template:
 def run(context: StageContext) -> str:
     """Tokenizes what was loaded; returns one line about it."""
     config = context.config.tokenize
-    load_folder = context.run.stage_path("load")
-    summary = read_summary(load_folder)
+    rows_folder = context.run.stage_path(rows_stage(context.config))
+    summary = read_summary(rows_folder)
     domains = Domains(tuple(domain["domain"] for domain in summary))
     template = make_template(config)
-    tokenizer = _get_tokenizer(context, config, domains, load_folder)
+    tokenizer = _get_tokenizer(context, config, domains, rows_folder)
     ends = []
     assert config.context_length is not None
     writer = TokenStoreWriter(
@@ -56,7 +56,7 @@ def run(context: StageContext) -> str:
         context.narrator.track("tokenize", num_rows, "rows") as tracker,
     ):
         for domain_id, name in enumerate(domains):
-            for examples in read_examples(load_folder, name, CHUNK_SIZE):
+            for examples in read_examples(rows_folder, name, CHUNK_SIZE):
                 encoded = encode_examples(examples, tokenizer, template)
                 if config.max_example_tokens is not None:
                     encoded = truncate(encoded, config.max_example_tokens)
@@ -88,7 +88,7 @@ def run(context: StageContext) -> str:
     return _line(TokenStore(context.folder))
 
 
-def _get_tokenizer(context: StageContext, config: TokenizeConfig, domains: Domains, load_folder: Path) -> Tokenizer:
+def _get_tokenizer(context: StageContext, config: TokenizeConfig, domains: Domains, rows_folder: Path) -> Tokenizer:
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer, trust_remote_code=config.trust_remote_code)
     assert config.vocab_size is not None
@@ -96,7 +96,7 @@ def _get_tokenizer(context: StageContext, config: TokenizeConfig, domains: Domai
     folder.mkdir()
     context.narrator.say(f"  training a byte-level BPE of {config.vocab_size:,} tokens on the data")
     share = config.bpe_sample_megabytes * 10**6 // len(domains)
-    trained = train_byte_level_bpe(_sample_texts(domains, load_folder, make_template(config), share), config.vocab_size)
+    trained = train_byte_level_bpe(_sample_texts(domains, rows_folder, make_template(config), share), config.vocab_size)
     path = folder / "tokenizer.json"
     trained.save(str(path))
     return dataclasses.replace(
@@ -104,14 +104,14 @@ def _get_tokenizer(context: StageContext, config: TokenizeConfig, domains: Domai
     )
 
 
-def _sample_texts(domains: Domains, load_folder: Path, template: Template, bytes_per_domain: int) -> Iterator[str]:
+def _sample_texts(domains: Domains, rows_folder: Path, template: Template, bytes_per_domain: int) -> Iterator[str]:
     """Yields texts of every domain, evenly spread over its rows, up to about so many characters of each."""
     for name in domains:
         # Rows are compressed on disk to about a third; a domain that may exceed its share is thinned out evenly.
-        stride = max(1, loaded_path(load_folder, name).stat().st_size // bytes_per_domain)
+        stride = max(1, loaded_path(rows_folder, name).stat().st_size // bytes_per_domain)
         num_characters = 0
         position = 0
-        for examples in read_examples(load_folder, name, CHUNK_SIZE):
+        for examples in read_examples(rows_folder, name, CHUNK_SIZE):
             for example in examples:
                 position += 1
                 if position % stride or num_characters >= bytes_per_domain:

@@ -1,0 +1,264 @@
+"""Stage filter: which of the loaded rows are kept, and why the others are not.
+
+Writes ``<domain>.parquet`` (the kept rows, as load wrote them), ``rejections.parquet`` (id, domain, position, rule,
+value, detail), ``clusters/near_duplicates.parquet``, ``statistics.json`` (what was kept is like) and
+``summary.json`` (rows before and after, by domain and by rule; who lost rows to whom).  Rows in = kept + rejected.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from doremi_mix.errors import DataError, StageNotFinishedError
+from doremi_mix.executors import make_executor
+from doremi_mix.filter_steps import FilterWork, Ids, apply_steps
+from doremi_mix.filtering import filter_plan
+from doremi_mix.filters.analysis import PROBABILITIES, describe_domain
+from doremi_mix.filters.funnel import KEPT, Funnel
+from doremi_mix.filters.scores import TEXTS
+from doremi_mix.run import RunDirectory, write_json
+from doremi_mix.score_store import ScoreStore
+from doremi_mix.stages import StageContext
+from doremi_mix.stages.load import REJECTIONS, loaded_path, read_summary
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+NEAR_DUPLICATES = Path("clusters", "near_duplicates.parquet")
+CHUNK_ROWS = 65_536
+
+
+def run(context: StageContext) -> str:
+    """Filters what was loaded; returns one line about it."""
+    config = context.config
+    plan = filter_plan(config.filter)
+    load_folder = context.run.stage_path("load")
+    store = ScoreStore(context.run, make_executor(config, context.run, context.narrator), context.narrator)
+    ids = Ids(load_folder, store.domains, store.num_rows)
+    work = FilterWork(config, plan, store, Funnel(store.num_rows), context.narrator, ids)
+    for note in plan.notes:
+        context.narrator.say(f"  note: {note}")
+    apply_steps(work)
+    summary = summarize(work, read_summary(load_folder))
+    _check_left(summary["domains"])
+    with (
+        context.narrator.track("write", len(store.domains), "domains") as tracker,
+        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+    ):
+        writing = pool.map(lambda i: _write_kept(work, load_folder, context.folder, i), range(len(store.domains)))
+        # Beside it, since threads that write need the interpreter only now and then.
+        _write_rejections(work, context.folder / f"{REJECTIONS}.parquet")
+        for _ in writing:
+            tracker.advance(1)
+    if work.clusters:
+        _write_clusters(work, context.folder / NEAR_DUPLICATES)
+    write_json(context.folder / "statistics.json", _statistics(work))
+    write_json(context.folder / "summary.json", summary)
+    num_rows, num_kept = sum(store.num_rows), work.funnel.num_kept
+    return f"{num_rows:,} rows = {num_kept:,} kept + {num_rows - num_kept:,} rejected"
+
+
+def summarize(work: FilterWork, loaded: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what became of the rows: by domain, by step, and who lost rows to whom."""
+    domains = []
+    for domain_id, entry in enumerate(loaded):
+        fates = work.funnel.fates[domain_id]
+        counts = {"num_rows": len(fates), "num_kept": int(np.count_nonzero(fates == KEPT))}
+        domains.append({**entry, **counts, "rejected": work.funnel.rejected_of(domain_id)})
+    plan = asdict(work.plan)
+    notes = plan.pop("notes")
+    return {
+        "preset": work.config.filter.preset,
+        "plan": plan,
+        "notes": list(notes),
+        "steps": work.funnel.describe_steps(),
+        "domains": domains,
+        **work.report,
+    }
+
+
+def _check_left(domains: list[dict[str, Any]]) -> None:
+    """Raises DataError when nothing is left of a domain."""
+    for domain in domains:
+        if domain["num_kept"] == 0:
+            rules = ", ".join(f"{rule} {count:,}" for rule, count in domain["rejected"].items())
+            raise DataError(
+                f"{domain['domain']}: none of its {domain['num_rows']:,} rows is left after filtering ({rules}); loosen"
+                " these rules (filter.rules), put it first in filter.priority where duplicates took it, or leave the "
+                "source out"
+            )
+
+
+def _write_kept(work: FilterWork, load_folder: Path, folder: Path, domain_id: int) -> None:
+    """Writes a domain's kept rows, one row group after the other; a domain that lost nothing shares load's file."""
+    import pyarrow.parquet as pq
+
+    name = work.store.domains[domain_id]
+    source, target = loaded_path(load_folder, name), loaded_path(folder, name)
+    kept = work.funnel.fates[domain_id] == KEPT
+    if kept.all():
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            pass
+        else:
+            return
+    first = 0
+    with pq.ParquetFile(source, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        with pq.ParquetWriter(target, schema, compression="zstd", write_statistics=False) as writer:
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number, use_threads=False)
+                mask = kept[first : first + table.num_rows]
+                first += table.num_rows
+                if mask.any():
+                    writer.write_table(table.filter(_mask(mask)))
+
+
+def _mask(mask: NDArray[np.bool_]) -> pa.Array:
+    import pyarrow as pa
+
+    return pa.array(mask)
+
+
+def _write_rejections(work: FilterWork, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("domain", pa.string()),
+            ("position", pa.int64()),
+            ("rule", pa.string()),
+            ("value", pa.float64()),
+            ("detail", pa.string()),
+        ]
+    )
+    with pq.ParquetWriter(path, schema, compression="zstd", write_statistics=False) as writer:
+        for domain_id, fates in enumerate(work.funnel.fates):
+            rejected = np.flatnonzero(fates != KEPT)
+            for start in range(0, len(rejected), CHUNK_ROWS):
+                positions = rejected[start : start + CHUNK_ROWS]
+                writer.write_table(_rejections(work, domain_id, positions, schema))
+
+
+def _rejections(work: FilterWork, domain_id: int, positions: NDArray[np.int64], schema: pa.Schema) -> pa.Table:
+    """Makes the table of some rejected rows of a domain, in the order of rows."""
+    import pyarrow as pa
+
+    numbers = work.funnel.fates[domain_id][positions]
+    values = np.full(len(positions), np.nan)
+    details = np.empty(len(positions), dtype=object)
+    for number in np.unique(numbers).tolist():
+        step, mask = work.funnel.steps[number], numbers == number
+        values[mask] = step.values(domain_id, positions[mask])
+        details[mask] = step.details(domain_id, positions[mask])
+    columns = {
+        "id": work.ids.of_domain(domain_id, positions),
+        "domain": [work.store.domains[domain_id]] * len(positions),
+        "position": positions,
+        "rule": [work.funnel.steps[number].name for number in numbers.tolist()],
+        "value": pa.array(values, mask=np.isnan(values)),
+        "detail": pa.array(details, pa.string()),
+    }
+    return pa.table(columns, schema=schema)
+
+
+def _write_clusters(work: FilterWork, path: Path) -> None:
+    """Writes the rows that are near another: cluster, id, who stayed, and how like it the row is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for domain_id, clusters in enumerate(work.clusters["cluster"]):
+        positions = np.flatnonzero(clusters >= 0)
+        survivors = work.clusters["survivor_of"][domain_id][positions]
+        similarity = work.clusters["similarity"][domain_id][positions]
+        columns = {
+            "cluster": clusters[positions],
+            "id": pa.array(work.ids.of_domain(domain_id, positions), pa.string()),
+            "domain": pa.array([work.store.domains[domain_id]] * len(positions), pa.string()),
+            "kept": survivors == positions + work.ids.starts_K1[domain_id],
+            "survivor": pa.array(work.ids.take(survivors), pa.string()),
+            "similarity": pa.array(similarity, mask=np.isnan(similarity)),
+        }
+        tables.append(pa.table(columns))
+    path.parent.mkdir()
+    table = pa.concat_tables(tables).sort_by([("cluster", "ascending"), ("kept", "descending")])
+    pq.write_table(table, path, compression="zstd")
+
+
+def _statistics(work: FilterWork) -> dict[str, Any]:
+    """Returns what the scores that decided something are like, among the rows that had them and among the kept ones."""
+    kept = work.funnel.kept()
+    return {
+        "probabilities": list(PROBABILITIES),
+        "domains": {
+            name: {
+                "scored": describe_domain(columns, np.ones(len(kept[i]), dtype=bool), (), 0),
+                "kept": describe_domain(columns, kept[i], (), 0),
+            }
+            for i, name in enumerate(work.store.domains)
+            for columns in [{column: values[i] for column, values in work.scores.items()}]
+        },
+    }
+
+
+def sample_rejections(
+    run: RunDirectory, rule: str | None, domain: str | None, number: int, seed: int
+) -> list[dict[str, Any]]:
+    """Draws rejected rows for a person to read.
+
+    Returns:
+        For each its ``id``, ``domain``, ``rule``, ``value``, ``detail`` and the ``text`` that was judged.
+
+    Raises:
+        StageNotFinishedError: nothing was filtered here.
+        DataError: the rule or domain rejected nothing.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if run.manifest("filter") is None:
+        raise StageNotFinishedError(
+            f"filter has not finished in {run.path}; run: doremi-mix filter --run-dir {run.path}"
+        )
+    table = pq.read_table(run.stage_path("filter") / f"{REJECTIONS}.parquet")
+    for key, wanted in (("rule", rule), ("domain", domain)):
+        if wanted is not None:
+            found = sorted(set(table.column(key).unique().to_pylist()))
+            if wanted not in found:
+                raise DataError(f"no rejected row has the {key} {wanted!r}; there are: {', '.join(found) or 'none'}")
+            table = table.filter(pc.equal(table.column(key), wanted))
+    order = np.sort(np.random.default_rng(seed).permutation(table.num_rows)[:number])
+    rows: list[dict[str, Any]] = table.take(order).to_pylist()
+    for row in rows:
+        row["text"] = _text_at(run.stage_path("load"), row["domain"], row["position"])
+    return rows
+
+
+def _text_at(load_folder: Path, domain: str, position: int) -> str:
+    """Reads the text of one row."""
+    import pyarrow.parquet as pq
+
+    from doremi_mix.filters.texts import example_texts
+
+    with pq.ParquetFile(loaded_path(load_folder, domain)) as file:
+        first = 0
+        for number in range(file.num_row_groups):
+            count = file.metadata.row_group(number).num_rows
+            if position < first + count:
+                rows = file.read_row_group(number, columns=list(TEXTS)).slice(position - first, 1)
+                return str(example_texts(rows.combine_chunks().to_batches()[0])[0])
+            first += count
+    raise DataError(
+        f"{loaded_path(load_folder, domain)}: has no row at {position}; run the load and filter stages again"
+    )
