@@ -412,7 +412,7 @@ def test_two_machines_share_two_jobs(run_dir, out, stub, drivers, start, tmp_pat
 
 def test_a_machine_that_never_comes_is_asked_for(run_dir, out, stub, drivers, monkeypatch):
     monkeypatch.setattr(executors, "LINE_EVERY_SECONDS", 0.05)
-    run = Execution(run_dir, out, executor="hosts", num_hosts=3, workers=1)
+    run = Execution(run_dir, out, executor="hosts", num_hosts=3, workers=2)
     folder = write_job(run_dir, "stub", ("number",), unit_rows=20)
     polls = []
 
@@ -428,7 +428,7 @@ def test_a_machine_that_never_comes_is_asked_for(run_dir, out, stub, drivers, mo
             run(folder)
     place = run_dir.absolute()
     wanted = (
-        "  waiting for host 1 (5 pieces) and host 2 (5 pieces); where it does not run, type: "
+        "  waiting for host 1 (6 pieces) and host 2 (4 pieces); where it does not run, type: "
         f"doremi-mix worker --run-dir {place} --host 1; or stop here and run again with "
         "--set filter.executor=local, which does what is missing"
     )

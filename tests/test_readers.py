@@ -442,6 +442,12 @@ def test_domain_name(name, domain):
     assert domain_name(Path("some.dir") / name) == domain
 
 
+def test_find_files_passes_over_the_statistics_that_data_juicer_writes_beside_its_output(tmp_path):
+    for name in ("out.jsonl", "out_stats.jsonl", "race_stats.jsonl"):
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    assert [path.name for path in find_files([tmp_path])] == ["out.jsonl", "race_stats.jsonl"]
+
+
 def test_find_files_takes_data_files_of_folders_and_any_named_file(tmp_path):
     folder = tmp_path / "data"
     (folder / "sub").mkdir(parents=True)

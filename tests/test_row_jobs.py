@@ -387,6 +387,7 @@ def test_workers_end_with_the_process_that_started_them(run_dir, worker, tmp_pat
     finally:
         parent.kill()
     assert not files_of(folder)
+    assert [path.read_text() for path in (folder / ".logs").iterdir()] == ["", ""]
 
 
 def test_workers_share_the_cores_unless_told_otherwise(run_dir, worker, monkeypatch):

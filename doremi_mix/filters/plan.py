@@ -195,6 +195,8 @@ def override_rules(
             open_ends = not {"min", "max", "min_quantile", "max_quantile"} & given.keys()
             low, high = (rule.min, rule.max) if open_ends else (None, None)
             base = [RuleSetting(name, min=low, max=high, source="rule's default")]
-        by_rule[name] = [dataclasses.replace(setting, **given, source="settings") for setting in base]
+        if given:
+            given["source"] = "settings"
+        by_rule[name] = [dataclasses.replace(setting, **given) for setting in base]
     order = {rule.name: position for position, rule in enumerate(RULES)}
     return tuple(setting for name in sorted(by_rule, key=order.__getitem__) for setting in by_rule[name])
