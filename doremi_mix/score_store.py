@@ -89,12 +89,18 @@ class ScoreStore:
 
     def read(self, request: ScoreRequest, column: str) -> list[NDArray[Any]]:
         """Returns a column by domain, in the order of rows; NaN (or zero bytes) where no score was asked for."""
-        for folder in self._groups(request):
-            if column in read_json(folder / GROUP_FILE)["columns"]:
-                parts = [list(self._read_parts(folder, name, column)) for name in self.domains]
-                like = next((part[0][1] for part in parts if part), np.zeros(0, dtype=np.float32))
-                return [_join(num_rows, part, like) for num_rows, part in zip(self.num_rows, parts, strict=True)]
-        raise RunDirectoryError(f"{self.root}: has no scores {column!r}; run the same command again")
+        holding = [folder for folder in self._groups(request) if column in read_json(folder / GROUP_FILE)["columns"]]
+        if not holding:
+            raise RunDirectoryError(f"{self.root}: has no scores {column!r}; run the same command again")
+        # A pass that was killed, and never asked for again, may hold the column for some rows only.
+        folder = max(holding, key=self._num_scored)
+        parts = [list(self._read_parts(folder, name, column)) for name in self.domains]
+        like = next((part[0][1] for part in parts if part), np.zeros(0, dtype=np.float32))
+        return [_join(num_rows, part, like) for num_rows, part in zip(self.num_rows, parts, strict=True)]
+
+    def _num_scored(self, folder: Path) -> int:
+        counts = zip(self.domains, self.num_rows, strict=True)
+        return sum(int(np.count_nonzero(self._scored(folder, name, count))) for name, count in counts)
 
     def has(self, request: ScoreRequest) -> bool:
         """Says whether every row has every column."""

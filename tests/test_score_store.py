@@ -158,6 +158,21 @@ def test_a_killed_pass_goes_on_where_it_was(run, counting):
     assert [values.tolist() for values in store.read(REQUEST, "length")] == LENGTHS
 
 
+def test_a_killed_pass_that_nobody_asks_for_again_is_not_read(run, counting):
+    def dies(folder, _num_rows, _tracker):
+        def stop(_num_rows):
+            raise KeyboardInterrupt
+
+        run_units(folder, 0, 1, stop)
+
+    for columns in (("length", "flag"), ("length", "vector"), ("length", "word"), ("flag", "length", "word")):
+        with pytest.raises(KeyboardInterrupt):
+            make_store(run, dies).ensure(ScoreRequest("counting", columns, {"factor": 1}))
+    store = make_store(run)
+    store.ensure(REQUEST)
+    assert [values.tolist() for values in store.read(REQUEST, "length")] == LENGTHS
+
+
 def test_workers_share_the_rows_and_any_number_comes_to_the_same(run, counting):
     def three(folder, _num_rows, tracker):
         for rank in (2, 0, 1):
