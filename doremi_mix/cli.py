@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -302,7 +303,8 @@ def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
     _show(render(result))
     print(f"{stage}: {folder / name}")
     if stage == "filter" and any(step["rejected"] for step in result["steps"]):
-        print(f"look at rejected rows: doremi-mix rejections --run-dir {opened.run.path} --rule RULE")
+        path = shlex.quote(str(opened.run.path))
+        print(f"look at rejected rows: doremi-mix rejections --run-dir {path} --rule RULE")
 
 
 def _stage_command(stage: Stage) -> Callable[..., None]:
@@ -333,7 +335,12 @@ def _opened_stage(
         base = directory.describe()["given"]
     else:
         base = load_config_file(config)
-        base = merge(directory.describe()["given"], base) if directory.exists() else base
+        if directory.exists():
+            known = directory.describe()["given"]
+            if "rules" in (base.get("filter") or {}):
+                # The file's rules are all there are; those of before do not stay between them.
+                known = {**known, "filter": {**known.get("filter", {}), "rules": {}}}
+            base = merge(known, base)
     given = settings_from(merge(base, over or {}), set_ or ())
     needs_sources = stage.name == "load"
     with open_run(run_dir, given, where=str(config or "settings"), needs_sources=needs_sources) as opened:

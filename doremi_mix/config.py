@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from doremi_mix.errors import ConfigError
 
@@ -75,6 +75,11 @@ class RuleConfig(Section):
     parameter: PositiveInt | None = Field(default=None, description="characters or words of an n-gram, for repetition")
 
 
+def _off(value: object) -> object:
+    """YAML reads off as false."""
+    return "off" if value is False else value
+
+
 class AnalyzeConfig(Section):
     """Stage analyze: what the data are like, before and after filtering."""
 
@@ -98,7 +103,7 @@ class FilterConfig(Section):
         description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; null switches a rule off; "
         "all rules: doremi-mix rules",
     )
-    exact_duplicates: Literal["off", "text", "spaces", "characters"] | None = Field(
+    exact_duplicates: Annotated[Literal["off", "text", "spaces", "characters"] | None, BeforeValidator(_off)] = Field(
         default=None,
         description="drop rows whose text is the same: text (as it is), spaces (case, width and white space folded), "
         "characters (letters alone); null: by the preset",
@@ -108,9 +113,11 @@ class FilterConfig(Section):
         description="the domains that keep a row that others have too, first ones first; the rest follow in the order "
         "of sources",
     )
-    near_duplicates: Annotated[float, Field(gt=0, le=1)] | Literal["off"] | None = Field(
-        default=None,
-        description="drop rows of this Jaccard similarity to a kept one (0.7), or off; null: by the preset",
+    near_duplicates: Annotated[Annotated[float, Field(gt=0, le=1)] | Literal["off"] | None, BeforeValidator(_off)] = (
+        Field(
+            default=None,
+            description="drop rows of this Jaccard similarity to a kept one (0.7), or off; null: by the preset",
+        )
     )
     shingle_size: PositiveInt = Field(default=5, description="characters in a shingle of near-duplicate detection")
     num_permutations: Annotated[int, Field(ge=16, le=1024)] = Field(

@@ -93,13 +93,20 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             settings[key] = str(path) if path.exists() else value
     scoring = result["filter"].get("models") if isinstance(result.get("filter"), dict) else None
     if isinstance(scoring, list | tuple):
-        paths = [(model, folder / Path(model).expanduser()) for model in map(os.fspath, scoring)]
-        result["filter"]["models"] = [str(path) if path.exists() else model for model, path in paths]
+        result["filter"]["models"] = [_anchored(model, folder) for model in scoring]
     entered = result["compare"].get("also") if isinstance(result.get("compare"), dict) else None
     if isinstance(entered, dict):
         for name, path in entered.items():
             entered[name] = str(folder / Path(path).expanduser()) if isinstance(path, str | os.PathLike) else path
     return result
+
+
+def _anchored(name: Any, folder: Path) -> Any:
+    """Returns the absolute path of what exists, and everything else as it is."""
+    if not isinstance(name, str | os.PathLike):
+        return name
+    path = folder / Path(name).expanduser()
+    return str(path) if path.exists() else os.fspath(name)
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The steps of a filter: each reads scores, which are computed first where they are missing, and takes rows away.
 
-They stand in one order: exact duplicates, rules, operators of Data-Juicer, near duplicates, rules over language models,
-diversity.  The dearer a score is, the fewer rows are left that need it.
+They stand in one order: exact duplicates, rules, operators of Data-Juicer, rules over language models, near duplicates,
+diversity.  The dearer a score is, the fewer rows are left that need it; near duplicates come after the models because
+the best of them is to stay.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from doremi_mix.config import Config
-from doremi_mix.errors import ConfigError
 from doremi_mix.filtering import (
+    IFD,
     LOSSES_OF_RULE,
     embedding_request,
     key_request,
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
 
 CHINESE_SHARE = 0.3
 """A row whose letters are Chinese to this share or more is a Chinese one."""
-
-IFD = "instruction_following_difficulty"
 
 Columns = list[NDArray[Any]]
 """One array per domain, one value per row."""
@@ -118,10 +117,10 @@ def apply_steps(work: FilterWork) -> None:
         _apply_rule(work, setting)
     for op in plan.foreign:
         _apply_foreign(work, op)
-    if plan.near_duplicates is not None:
-        _drop_near_duplicates(work, plan.near_duplicates)
     for setting in plan.model_rules:
         _apply_model_rule(work, setting)
+    if plan.near_duplicates is not None:
+        _drop_near_duplicates(work, plan.near_duplicates)
     if plan.diversity is not None:
         _choose_diverse(work, plan.diversity)
 
@@ -176,7 +175,7 @@ def _apply_rule(work: FilterWork, setting: RuleSetting) -> None:
 
 
 def _apply_thresholds(work: FilterWork, setting: RuleSetting, values: Columns) -> None:
-    """Rejects the rows whose value the rule does not accept; quantiles are those of a domain's rows that are left."""
+    """Rejects the rows whose value the rule does not accept; quantiles are those of what the rule is for."""
     rule = rule_named(setting.rule)
     bounds = _bounds(work, setting, values)
     applies = _applies(work, setting)
@@ -203,11 +202,11 @@ def _rule_step(rule: Rule, setting: RuleSetting, columns: Columns, bounds: Seque
 def _bounds(work: FilterWork, setting: RuleSetting, values: Columns) -> list[tuple[float | None, float | None]]:
     """Returns the thresholds of each domain."""
     result = []
-    for column, kept in zip(values, work.funnel.kept(), strict=True):
+    for column, kept, where in zip(values, work.funnel.kept(), _applies(work, setting), strict=True):
         low, high = setting.min, setting.max
         wanted = [q for q in (setting.min_quantile, setting.max_quantile) if q is not None]
         if wanted:
-            found = dict(zip(wanted, _quantiles(column[kept], wanted), strict=True))
+            found = dict(zip(wanted, _quantiles(column[kept if where is None else kept & where], wanted), strict=True))
             low = found.get(setting.min_quantile, low) if setting.min_quantile is not None else low
             high = found.get(setting.max_quantile, high) if setting.max_quantile is not None else high
         result.append((low, high))
@@ -254,7 +253,7 @@ def _drop_near_duplicates(work: FilterWork, near: NearDuplicates) -> None:
         similarity=near.similarity,
         alive=work.funnel.kept(),
         priority=priority,
-        quality=_quality(work) if work.config.filter.models and work.plan.model_rules else None,
+        quality=work.scores.get(rule_named(IFD).column),
     )
 
     def values(domain_id: int, positions: Positions) -> NDArray[np.float64]:
@@ -385,13 +384,11 @@ def _select(
     if len(points) <= diversity.num_examples:
         return np.arange(len(points)), 0.0
     if diversity.method == "facility_location":
-        if quality is not None:
-            raise ConfigError("filter.quality_weighted goes with filter.diversity k_center; set one of them otherwise")
         return facility_location(points, diversity.num_examples), None
     if quality is not None:
         # A row that no model could score is neither better nor worse than the others.
-        known = quality[~np.isnan(quality)]
-        quality = np.where(np.isnan(quality), np.median(known) if len(known) else 0.0, quality)
+        known = np.isfinite(quality)
+        quality = np.where(known, quality, np.median(quality[known]) if known.any() else 0.0)
     num_rounds = 1 if diversity.num_shards == 1 else diversity.num_shards + 1
     with narrator.track("k-center", num_rounds * diversity.num_examples, "examples") as tracker:
         progress: Callable[[int], None] = tracker.advance

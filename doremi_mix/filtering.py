@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ from doremi_mix.config_file import load_yaml
 from doremi_mix.errors import ConfigError, StageNotFinishedError
 from doremi_mix.filters.plan import Diversity, FilterPlan, NearDuplicates, RuleSetting, override_rules
 from doremi_mix.filters.presets import PRESETS
-from doremi_mix.filters.scores import TEXT_KEY, read_words
+from doremi_mix.filters.scores import FAMILIES, TEXT_KEY, read_words
 from doremi_mix.run import RunDirectory
 from doremi_mix.score_store import ScoreRequest
-from doremi_mix.types import Domains
 
 LOSSES_OF_RULE: Mapping[str, tuple[str, ...]] = {
     "perplexity": ("text_loss",),
@@ -25,6 +25,8 @@ LOSSES_OF_RULE: Mapping[str, tuple[str, ...]] = {
     "instruction_following_difficulty": ("answer_loss", "answer_alone_loss"),
 }
 """What a language model must be asked for each rule."""
+
+IFD = "instruction_following_difficulty"
 
 WORD_LISTS = ("flagged_words", "stopwords")
 """Rules over lists of words that the user gives."""
@@ -112,28 +114,66 @@ def _check_models(plan: FilterPlan, settings: FilterConfig) -> None:
 
 
 def check_filter(config: Config, names: Sequence[str]) -> None:
-    """Finds now what would otherwise stop the stages analyze and filter.
+    """Finds settings that contradict each other or the domains.
 
     Raises:
-        ConfigError: settings contradict each other, the domains, or what is there.
-        StageNotFinishedError: a run that is to score has no reference model yet.
+        ConfigError: they do.
     """
     settings = config.filter
-    filter_plan(settings)
-    Domains(tuple(names))
+    plan = filter_plan(settings)
     for name in settings.priority:
         if name not in names:
             raise ConfigError(f"filter.priority: {name!r} is no domain; the domains: {', '.join(names)}")
     if len(set(settings.priority)) < len(settings.priority):
         raise ConfigError("filter.priority names a domain twice; name each once")
+    if len(set(settings.models)) < len(settings.models):
+        raise ConfigError("filter.models names a model twice, which would vote twice; name each once")
+    if plan.diversity is not None and plan.diversity.method == "facility_location":
+        if plan.diversity.quality_weighted:
+            raise ConfigError("filter.quality_weighted goes with filter.diversity k_center; set one of them otherwise")
+        if find_spec("submodlib") is None:
+            raise ConfigError(
+                "filter.diversity facility_location needs submodlib; run: pip install 'doremi-mix[submodular]'"
+            )
+
+
+def check_filter_inputs(config: Config, run: RunDirectory) -> None:
+    """Finds now what the filter would miss when it comes to it; a filter that has finished needs nothing any more.
+
+    Raises:
+        ConfigError: a word list is missing, an executor lacks something, or the run is to score itself.
+        StageNotFinishedError: a run that is to score has no reference model yet.
+    """
+    from doremi_mix.executors import check_executor
+
+    settings = config.filter
+    plan = filter_plan(settings)
+    if plan.is_empty:
+        return
+    check_executor(settings)
     for key in WORD_LISTS:
         path = getattr(settings, key)
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"filter.{key}: {path}: there is no such file; give a file with one word a line")
-    for model in settings.models:
-        model_place(model)
+    models = [("filter.models", model) for model in settings.models]
     if settings.embedding != "ngrams":
-        model_place(settings.embedding)
+        models.append(("filter.embedding", settings.embedding))
+    for key, model in models:
+        if Path(model).expanduser().resolve() == run.path.resolve():
+            raise ConfigError(
+                f"{key}: {model} is this very run, whose reference model is trained on what it would filter; give "
+                "another run that has finished, for example one without a filter"
+            )
+        model_place(model)
+
+
+def inputs_are_here(config: Config) -> bool:
+    """Says whether all that the filter was made with can still be read; if not, its result is taken as it is."""
+    settings = config.filter
+    files = [getattr(settings, key) for key in WORD_LISTS if getattr(settings, key) is not None]
+    models = [name for name in (*settings.models, settings.embedding) if name != "ngrams"]
+    paths = [name for name in models if Path(name).expanduser().is_absolute()]
+    return all(Path(path).expanduser().exists() for path in (*files, *paths))
 
 
 def priority_of(config: Config, domains: Sequence[str]) -> list[int]:
@@ -149,6 +189,8 @@ def model_place(name: str) -> dict[str, str | None]:
         StageNotFinishedError: the run has no reference model yet.
     """
     path = Path(name).expanduser()
+    if path.is_absolute() and not path.exists():
+        raise ConfigError(f"{name}: there is no such model; give a folder, a hub name, a .gguf file, or a finished run")
     if not (path / "run.json").exists():
         return {"model": name, "tokenizer": None}
     run = RunDirectory(path)
@@ -192,13 +234,20 @@ def score_settings(config: Config) -> dict[str, Any]:
     """Returns what decides the scores that the filter of a configuration reads, as plain values."""
     plan, settings = filter_plan(config.filter), config.filter
     requests = [request_of(rule, config) for rule in plan.text_rules]
+    asked = {rule.rule for rule in plan.model_rules}
+    if plan.diversity is not None and plan.diversity.quality_weighted:
+        asked.add(IFD)
     requests += [
-        model_request(model, LOSSES_OF_RULE[r.rule], config) for model in settings.models for r in plan.model_rules
+        model_request(name, LOSSES_OF_RULE[rule], config) for name in settings.models for rule in sorted(asked)
     ]
     if plan.diversity is not None:
         requests.append(embedding_request(config))
-    found: dict[str, Any] = {"requests": [[r.family, list(r.columns), _by_contents(r.settings)] for r in requests]}
-    if plan.model_rules:
+    found: dict[str, Any] = {
+        "requests": [
+            [r.family, FAMILIES[r.family].version, list(r.columns), _by_contents(r.settings)] for r in requests
+        ]
+    }
+    if asked:
         found |= {"ifd": settings.ifd, "min_votes": settings.min_votes}
     if plan.near_duplicates is not None or plan.diversity is not None:
         found["seed"] = settings.seed

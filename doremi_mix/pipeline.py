@@ -229,7 +229,10 @@ def open_run(
     config, hardware = resolve(given, run, where)
     check_entered_weights(config)
     if needs_sources:
+        from doremi_mix.filtering import check_filter_inputs
+
         peek_sources(config)
+        check_filter_inputs(config, run)
     # As it was understood: plain values, whatever the caller's types.
     given = parse_config(given).model_dump(mode="json", by_alias=True, exclude_unset=True)
     processes = join_processes()

@@ -92,15 +92,12 @@ class ScoreStore:
         holding = [folder for folder in self._groups(request) if column in read_json(folder / GROUP_FILE)["columns"]]
         if not holding:
             raise RunDirectoryError(f"{self.root}: has no scores {column!r}; run the same command again")
-        # A pass that was killed, and never asked for again, may hold the column for some rows only.
-        folder = max(holding, key=self._num_scored)
-        parts = [list(self._read_parts(folder, name, column)) for name in self.domains]
+        # A pass that was killed and never asked for again may hold some of the rows, with the same values.
+        parts = [
+            [part for folder in holding for part in self._read_parts(folder, name, column)] for name in self.domains
+        ]
         like = next((part[0][1] for part in parts if part), np.zeros(0, dtype=np.float32))
         return [_join(num_rows, part, like) for num_rows, part in zip(self.num_rows, parts, strict=True)]
-
-    def _num_scored(self, folder: Path) -> int:
-        counts = zip(self.domains, self.num_rows, strict=True)
-        return sum(int(np.count_nonzero(self._scored(folder, name, count))) for name, count in counts)
 
     def has(self, request: ScoreRequest) -> bool:
         """Says whether every row has every column."""

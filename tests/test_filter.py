@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,13 @@ def test_a_domain_of_which_nothing_is_left_is_an_error_and_leaves_no_half_result
         ({"priority": ["nobody"]}, r"filter\.priority: 'nobody' is no domain; the domains: copies, good, 城市"),
         ({"rules": {"flagged_words": {"max": 0.1}}}, r"filter\.rules\.flagged_words needs a list of words"),
         ({"models": ["m/m"], "min_votes": 2, "exact_duplicates": "text"}, r"filter\.min_votes is 2, more than the 1"),
+        ({"models": ["m/m", "m/m"], "exact_duplicates": "text"}, r"filter\.models names a model twice"),
+        ({"models": [1]}, r"filter\.models\[0\] must be"),
+        ({"exact_duplicates": "text", "executor": "hosts"}, r"filter\.executor hosts needs datatrove"),
+        (
+            {"num_examples": 5, "diversity": "facility_location", "quality_weighted": True, "models": ["m/m"]},
+            r"filter\.quality_weighted goes with filter\.diversity k_center",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_found_before_anything_is_written(tmp_path, folder, settings, message):
@@ -373,8 +381,10 @@ def test_a_preset_says_what_it_leaves_out(tmp_path, folder):
 
 
 def test_models_vote_and_a_run_of_ours_is_one(tmp_path, folder, finished_run):
+    other = tmp_path / "other"
+    shutil.copytree(finished_run, other)
     settings = {
-        "models": [str(finished_run), str(finished_run)],
+        "models": [str(finished_run), str(other)],
         "rules": {"perplexity": {"max_quantile": 0.5}, "instruction_following_difficulty": {"max": 50}},
     }
     run_dir = filtered(tmp_path, folder, settings)
@@ -406,3 +416,92 @@ def test_weighting_by_quality_asks_the_models(tmp_path, folder, finished_run):
     run_dir = filtered(tmp_path, folder, settings)
     assert len(kept_ids(run_dir)) == 30
     assert Path(run_dir / "scores").exists()
+
+
+def test_off_is_a_word_in_yaml_too(tmp_path, folder):
+    settings = {"preset": "data_juicer_refine", "exact_duplicates": False, "near_duplicates": "off"}
+    run_dir = filtered(tmp_path, folder, settings)
+    summary = json.loads((run_dir / "filter" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["plan"]["exact_duplicates"] is None
+    assert summary["plan"]["near_duplicates"] is None
+
+
+def test_a_run_cannot_be_filtered_by_itself(tmp_path, folder):
+    run_dir = filtered(tmp_path, folder)
+    done = doremi("run", tmp_path / "config.yaml", "--run-dir", run_dir, "--set", f"filter.models=[{run_dir}]")
+    assert done.exit_code == 1
+    assert "is this very run, whose reference model is trained on what it would filter" in done.output
+
+
+def test_a_filter_that_has_finished_needs_its_word_list_no_more(tmp_path, folder, small_settings):
+    words = tmp_path / "words.txt"
+    words.write_text("nothing\n", encoding="utf-8")
+    settings = {"flagged_words": str(words), "rules": {"flagged_words": {"max": 0.1}}}
+    run_dir = filtered(tmp_path, folder, settings, tokenize=small_settings["tokenize"])
+    words.unlink()
+    assert "finished" in doremi("status", "--run-dir", run_dir).output
+    done = doremi("tokenize", "--run-dir", run_dir)
+    assert done.exit_code == 0, done.output
+    done = doremi("filter", "--run-dir", run_dir, "--set", "filter.rules.flagged_words.max=0.2")
+    assert done.exit_code == 1
+    assert "words.txt: there is no such file" in done.output
+
+
+def test_rules_of_a_new_config_take_the_place_of_those_before(tmp_path, folder):
+    run_dir = filtered(tmp_path, folder)
+    config = write_config(tmp_path / "new.yaml", folder, {"rules": {"text_length": {"max": 600}}})
+    done = doremi("filter", "--run-dir", run_dir, "--config", config)
+    assert done.exit_code == 0, done.output
+    summary = json.loads((run_dir / "filter" / "summary.json").read_text(encoding="utf-8"))
+    assert [(rule["rule"], rule["min"], rule["max"]) for rule in summary["plan"]["rules"]] == [
+        ("text_length", None, 60)
+    ]
+
+
+def test_rejections_of_rows_that_were_loaded_anew_are_not_shown(tmp_path, folder):
+    run_dir = filtered(tmp_path, folder)
+    (folder_of_others := tmp_path / "others").mkdir()
+    for name, rows in CORPUS.items():
+        (folder_of_others / f"{name}.json").write_text(json.dumps(rows[::-1], ensure_ascii=False), encoding="utf-8")
+    config = write_config(tmp_path / "others.yaml", folder_of_others, FILTER)
+    assert doremi("load", "--run-dir", run_dir, "--config", config).exit_code == 0
+    shown = doremi("rejections", "--run-dir", run_dir)
+    assert shown.exit_code == 1
+    assert "is older than what was loaded; run: doremi-mix filter --run-dir" in shown.output
+
+
+def test_quantiles_of_a_script_are_those_of_its_rows(tmp_path):
+    rows = [row(f"Say {sentence(i, 5)}", sentence(i, 30 + i)) for i in range(20)]
+    rows += [row(f"说说第{i}个城市", "城" * (20 + i)) for i in range(20)]
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for name in CORPUS:
+        (folder / f"{name}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    run_dir = filtered(tmp_path, folder, {"rules": {"text_length": {"max_quantile": 0.5, "applies": "zh"}}})
+    assert list(rejections(run_dir)) == [f"{name}:{i}" for name in CORPUS for i in range(31, 41)]
+
+
+def test_other_models_choose_other_examples(tmp_path, folder, finished_run):
+    settings = {"models": [str(finished_run)], "num_examples": 30, "quality_weighted": True}
+    run_dir = filtered(tmp_path, folder, settings)
+    assert "up to date" in doremi("filter", "--run-dir", run_dir).output
+    for change in ("filter.ifd=perplexity_ratio", "filter.max_model_tokens=32"):
+        done = doremi("filter", "--run-dir", run_dir, "--set", change)
+        assert done.exit_code == 0, done.output
+        assert "up to date" not in done.output
+
+
+def test_system_prompts_tell_rows_apart(tmp_path):
+    chat = [{"role": "user", "content": "What is this?"}, {"role": "assistant", "content": "It is " + sentence(1)}]
+    rows = [{"messages": [{"role": "system", "content": f"You are {name}."}, *chat]} for name in ("Ann", "Bob", "Ann")]
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for name in CORPUS:
+        (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", folder, {"exact_duplicates": "text"})
+    for stage in ("load", "filter"):
+        doremi(stage, "--run-dir", run_dir, "--config", config)
+    # Two of the nine are new; the other domains are left without rows, which is an error of its own.
+    done = doremi("filter", "--run-dir", run_dir)
+    assert "exact_duplicate 3); put it first in filter.priority, or leave the source out" in done.output

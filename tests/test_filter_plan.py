@@ -92,3 +92,20 @@ def test_only_rules_over_models_are_model_rules():
     assert [rule.rule for rule in plan.model_rules] == ["perplexity", "instruction_following_difficulty"]
     assert set(plan.text_rules) | set(plan.model_rules) == set(plan.rules)
     assert not plan.is_empty
+
+
+def test_null_lifts_a_single_threshold():
+    (rule,) = override_rules((RuleSetting("text_length", min=20, max=2000),), {"text_length": {"max": None}})
+    assert (rule.min, rule.max) == (20, None)
+
+
+def test_a_script_is_named_to_change_its_thresholds_alone():
+    rules = override_rules(BASE[:2], {"text_length": {"min": 5.0, "applies": "zh"}})
+    assert [(rule.min, rule.applies) for rule in rules] == [(30, "other"), (5, "zh")]
+    (rule,) = override_rules(BASE[:2], {"text_length": {"min": 5.0, "applies": "all"}})
+    assert (rule.min, rule.applies) == (5, "all")
+
+
+def test_a_parameter_is_for_repetition_only():
+    with pytest.raises(ConfigError, match=r"filter\.rules\.text_length: takes no parameter; only character_repetition"):
+        FilterPlan(rules=(RuleSetting("text_length", min=3, parameter=7),))

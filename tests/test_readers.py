@@ -443,9 +443,11 @@ def test_domain_name(name, domain):
 
 
 def test_find_files_passes_over_the_statistics_that_data_juicer_writes_beside_its_output(tmp_path):
-    for name in ("out.jsonl", "out_stats.jsonl", "race_stats.jsonl"):
-        (tmp_path / name).write_text("{}\n", encoding="utf-8")
-    assert [path.name for path in find_files([tmp_path])] == ["out.jsonl", "race_stats.jsonl"]
+    for name in ("out.jsonl", "race_stats.jsonl", "ball.jsonl", "ball_stats.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-8")
+    (tmp_path / "out_stats.jsonl").write_text('{"__dj__stats__": {"text_len": 1}}\n', encoding="utf-8")
+    found = [path.name for path in find_files([tmp_path])]
+    assert found == ["ball.jsonl", "ball_stats.jsonl", "out.jsonl", "race_stats.jsonl"]
 
 
 def test_find_files_takes_data_files_of_folders_and_any_named_file(tmp_path):

@@ -399,6 +399,17 @@ def test_workers_share_the_cores_unless_told_otherwise(run_dir, worker, monkeypa
     assert [(folder / f"{rank}.txt").read_text() for rank in range(2)] == ["53", "53"]
 
 
+@pytest.mark.parametrize(("num_gpus", "expected"), [(0, []), (1, []), (4, [2])])
+def test_each_worker_of_a_model_has_its_own_gpu(monkeypatch, num_gpus, expected):
+    import torch
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    row_workers._take_gpu(6)
+    assert taken == expected
+
+
 def test_errors_pass_from_machine_to_machine(tmp_path):
     assert row_workers.read_error(tmp_path) is None
     row_workers.write_error(tmp_path, "00003", ModelError("m: is not here"))

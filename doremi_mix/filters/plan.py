@@ -20,6 +20,12 @@ MODEL_RULES = ("perplexity", "answer_perplexity", "instruction_following_difficu
 """Rules over what language models say; they see only rows that all other rules keep."""
 
 
+THRESHOLDS = ("min", "max", "min_quantile", "max_quantile")
+
+WITH_PARAMETER = ("character_repetition", "word_repetition")
+"""Rules whose score takes a number: the items of an n-gram."""
+
+
 @dataclass(frozen=True, slots=True)
 class RuleSetting:
     """The thresholds of one rule.
@@ -150,8 +156,10 @@ def _check(setting: RuleSetting) -> None:
             raise ConfigError(f"{key}: {low} {least:g} is larger than {high} {most:g}, so no row could be kept")
     for bound in ("min", "max"):
         if getattr(setting, bound) is not None and getattr(setting, f"{bound}_quantile") is not None:
-            raise ConfigError(f"{key}: give {bound} or {bound}_quantile, got both")
+            raise ConfigError(f"{key}: give {bound} or {bound}_quantile, got both; drop one: --set {key}.{bound}=null")
     ranged = any(v is not None for v in (setting.min, setting.max, setting.min_quantile, setting.max_quantile))
+    if setting.parameter is not None and setting.rule not in WITH_PARAMETER:
+        raise ConfigError(f"{key}: takes no parameter; only {' and '.join(WITH_PARAMETER)} do (items of an n-gram)")
     if rule.kind == "allowed" and not setting.allowed:
         raise ConfigError(f"{key}: allowed is empty; list what is kept, for example allowed: [en, zh]")
     if rule.kind != "allowed" and setting.allowed:
@@ -183,20 +191,30 @@ def override_rules(
         if override is None:
             by_rule.pop(name, None)
             continue
-        given: dict[str, Any] = {key: value for key, value in override.items() if value is not None and value != ()}
+        # None lifts a threshold; elsewhere it says nothing.
+        given = {key: value for key, value in override.items() if value is not None or key in THRESHOLDS}
         # A quantile in place of a threshold, and the other way round.
-        for bound in ("min", "max"):
-            if f"{bound}_quantile" in given:
-                given.setdefault(bound, None)
-            elif bound in given:
-                given.setdefault(f"{bound}_quantile", None)
+        for one, other in (("min", "min_quantile"), ("max", "max_quantile")):
+            for new, old in ((one, other), (other, one)):
+                if given.get(new) is not None:
+                    given.setdefault(old, None)
         base = by_rule.get(name)
         if base is None:
-            open_ends = not {"min", "max", "min_quantile", "max_quantile"} & given.keys()
+            open_ends = not any(given.get(key) is not None for key in THRESHOLDS)
             low, high = (rule.min, rule.max) if open_ends else (None, None)
             base = [RuleSetting(name, min=low, max=high, source="rule's default")]
         if given:
-            given["source"] = "settings"
-        by_rule[name] = [dataclasses.replace(setting, **given) for setting in base]
+            base = _replace(base, {**given, "source": "settings"})
+        by_rule[name] = base
     order = {rule.name: position for position, rule in enumerate(RULES)}
     return tuple(setting for name in sorted(by_rule, key=order.__getitem__) for setting in by_rule[name])
+
+
+def _replace(base: list[RuleSetting], given: Mapping[str, Any]) -> list[RuleSetting]:
+    """Changes settings of one rule: all of them, or where a script is named, that of this script."""
+    script = given.get("applies")
+    if script is None or len(base) == 1:
+        return [dataclasses.replace(setting, **given) for setting in base]
+    if script == "all":
+        return [dataclasses.replace(base[0], **given)]
+    return [dataclasses.replace(setting, **given) if setting.applies == script else setting for setting in base]

@@ -22,6 +22,8 @@ Scorer = Callable[["pa.RecordBatch"], Mapping[str, NDArray[Any]]]
 
 TEXTS = ("instruction", "input", "output", "history")
 
+WHOLE_TEXTS = (*TEXTS, "system")
+
 TEXT_KEY = "text_key@"
 """Columns of the family ``text`` that hold a key of the whole text; what follows says how texts are normalized."""
 
@@ -48,7 +50,6 @@ class Family:
 def _make_text_scorer(_settings: Mapping[str, Any], columns: Sequence[str]) -> Scorer:
     from doremi_mix.filters.exact_duplicates import text_keys
     from doremi_mix.filters.text_scores import score_texts
-    from doremi_mix.filters.texts import example_texts
 
     keys = [column for column in columns if column.startswith(TEXT_KEY)]
     others = [column for column in columns if not column.startswith(TEXT_KEY)]
@@ -57,7 +58,7 @@ def _make_text_scorer(_settings: Mapping[str, Any], columns: Sequence[str]) -> S
         scores = score_texts(batch, others)
         for column in keys:
             kind = column.removeprefix(TEXT_KEY)
-            scores[column] = text_keys(example_texts(batch), "none" if kind == "text" else kind)  # type: ignore[arg-type]
+            scores[column] = text_keys(whole_texts(batch), "none" if kind == "text" else kind)  # type: ignore[arg-type]
         return scores
 
     return score
@@ -93,9 +94,8 @@ def _make_token_counter(settings: Mapping[str, Any], _columns: Sequence[str]) ->
 
 def _make_signature_scorer(settings: Mapping[str, Any], _columns: Sequence[str]) -> Scorer:
     from doremi_mix.filters.near_duplicates import signatures
-    from doremi_mix.filters.texts import example_texts
 
-    return lambda batch: {"signature": signatures(example_texts(batch), **settings)}
+    return lambda batch: {"signature": signatures(whole_texts(batch), **settings)}
 
 
 def _make_ngram_embedder(settings: Mapping[str, Any], _columns: Sequence[str]) -> Scorer:
@@ -134,16 +134,30 @@ def _make_foreign_scorer(settings: Mapping[str, Any], _columns: Sequence[str]) -
 
 
 FAMILIES: Mapping[str, Family] = {
-    "text": Family(_make_text_scorer),
+    "text": Family(_make_text_scorer, reads=WHOLE_TEXTS),
     "words": Family(_make_word_list_scorer),
     "language": Family(_make_language_scorer),
     "tokens": Family(_make_token_counter),
-    "signature": Family(_make_signature_scorer),
+    "signature": Family(_make_signature_scorer, reads=WHOLE_TEXTS),
     "ngrams": Family(_make_ngram_embedder),
     "embedding": Family(_make_model_embedder, max_unit_rows=2_048, uses_gpu=True),
     "model": Family(_make_model_scorer, max_unit_rows=512, uses_gpu=True),
     "foreign": Family(_make_foreign_scorer, reads=(*TEXTS, "system", "row"), max_unit_rows=4_096),
 }
+
+
+def whole_texts(batch: pa.RecordBatch) -> pa.Array:
+    """Returns all of an example that is trained on: the system prompt, where there is one, above the text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from doremi_mix.filters.texts import example_texts
+
+    texts, systems = example_texts(batch), pc.fill_null(batch.column("system"), "")
+    if pc.max(pc.binary_length(systems)).as_py() in (0, None):
+        return texts
+    joined = pc.binary_join_element_wise(systems.cast(texts.type), texts, pa.scalar("\n", texts.type))
+    return pc.if_else(pc.equal(systems, ""), texts, joined)
 
 
 def read_words(path: Path) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from doremi_mix.filters.rules import Rule
 
+SHOWN_CHARACTERS = 500
+
 LARGEST_PAIRS = 10
 """Pairs of domains that are listed; the files have all."""
 
@@ -27,7 +29,11 @@ def render_filter(summary: Mapping[str, Any]) -> Group:
         by_step.add_column(heading, justify="right")
     for number, step in enumerate(steps, 1):
         by_step.add_row(str(number), step["rule"], f"{step['rows_before']:,}", _count(step["rejected"]))
-    numbers = {step["rule"]: str(number) for number, step in enumerate(steps, 1) if step["rejected"]}
+    numbers: dict[str, str] = {}
+    for number, step in enumerate(steps, 1):
+        if step["rejected"]:
+            before = numbers.get(step["rule"])
+            numbers[step["rule"]] = f"{before}+{number}" if before else str(number)
     by_domain = _new_table("Rows before and after, and what each step took", "domain", ["rows", "kept", "%"])
     for shown in numbers.values():
         by_domain.add_column(shown, justify="right", no_wrap=True)
@@ -130,7 +136,10 @@ def render_rejections(rows: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("row", "rule", "why", "text"):
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(row[key])) for key in ("id", "rule", "detail", "text")))
+        text = row["text"]
+        if len(text) > SHOWN_CHARACTERS:
+            text = f"{text[:SHOWN_CHARACTERS]} ... ({len(text):,} characters)"
+        table.add_row(*(escape(str(row[key])) for key in ("id", "rule", "detail")), escape(text))
     return table
 
 

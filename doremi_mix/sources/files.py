@@ -25,6 +25,7 @@ _GZIP_MAGIC, _ZSTD_MAGIC, _PARQUET_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"P
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _JSON_SPACE = " \t\r\n"
 _find_list_of_objects = re.compile(r'"((?:[^"\\]|\\.)*)"\s*:\s*\[\s*\{').search
+_STATISTICS = b'{"__dj__'
 _LISTS_OF_A_ROW = ("messages", "conversations", "history")
 
 
@@ -67,14 +68,21 @@ def _list_folder(folder: Path) -> list[Path]:
     except OSError as error:
         raise SourceNotFoundError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
     files = [path for path in entries if not path.name.startswith(".") and _suffixes(path)[0] and path.is_file()]
-    # Data-Juicer writes the statistics of X.jsonl beside it, as X_stats.jsonl.
     names = {path.name for path in files}
-    files = [path for path in files if "_stats." not in path.name or path.name.replace("_stats.", ".") not in names]
+    files = [path for path in files if not _is_statistics(path, names)]
     if not files:
         num_folders = sum(path.is_dir() for path in entries)
         below = f" directly in it (its {num_folders:,} folders are not searched)" if num_folders else ""
         raise DataError(f"{folder}: has no data files{below}, expected at least one; supported: {_SUPPORTED}")
     return files
+
+
+def _is_statistics(path: Path, names: set[str]) -> bool:
+    """Says whether a file is what Data-Juicer writes beside its output X.jsonl: X_stats.jsonl, without any text."""
+    if not path.name.endswith("_stats.jsonl") or path.name.removesuffix("_stats.jsonl") + ".jsonl" not in names:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_STATISTICS)) == _STATISTICS
 
 
 def domain_name(path: Path) -> str:

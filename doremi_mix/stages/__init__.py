@@ -307,8 +307,9 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
             manifest = source.manifest(view)
             if manifest is None:
                 raise StageNotFinishedError(f"{name}{label} has not finished in {run.path}; run: {command}")
-            # The sources of load may be gone by now, so what it kept is taken as it is.
-            if name != "load" and manifest["fingerprint"] != wanted_fingerprint(source, source_config, view):
+            if not _is_taken_as_it_is(source, source_config) and manifest["fingerprint"] != wanted_fingerprint(
+                source, source_config, view
+            ):
                 raise StageNotFinishedError(
                     f"{name}{label} in {run.path} was made with other settings; run, with the same --set: {command}"
                 )
@@ -316,6 +317,13 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
     return fingerprint(
         {"stage": stage.name, "version": stage.version, "settings": stage.settings(config), "reads": upstream}
     )
+
+
+def _is_taken_as_it_is(stage: Stage, config: Config) -> bool:
+    """Says whether what a stage was made from may be gone by now: the sources of load, the models of filter."""
+    from doremi_mix.filtering import inputs_are_here
+
+    return stage.name == "load" or (stage.name == "filter" and not inputs_are_here(config))
 
 
 def _instances(
@@ -354,6 +362,10 @@ def run_stage(
     Returns:
         Whether there was anything to do.
     """
+    if stage.name == "filter":
+        from doremi_mix.filtering import check_filter_inputs
+
+        check_filter_inputs(config, run)
     wanted = wanted_fingerprint(stage, config, run)
     manifest = stage.manifest(run)
     # No process may touch the folder before all have looked at it.
@@ -516,8 +528,8 @@ def _state(stage: Stage, config: Config, run: RunDirectory) -> str:
     if manifest is None:
         folders = (run.stage_path(stage.name), run.work_path(stage.name, resumable=stage.resumable))
         return "partial" if any(folder.exists() for folder in folders) else "not started"
-    if stage.name == "load":
-        return "finished"  # its fingerprint needs the sources, which may be gone by now
+    if _is_taken_as_it_is(stage, config):
+        return "finished"
     try:
         wanted = wanted_fingerprint(stage, config, run)
     except StageNotFinishedError:
@@ -535,5 +547,10 @@ def contents_of(name_or_path: str) -> Any:
     path = Path(name_or_path).expanduser()
     if not path.exists():
         return name_or_path
-    files = sorted(file for file in ([path] if path.is_file() else path.iterdir()) if file.is_file())
-    return {file.name: sha256_of(file) for file in files}
+    if path.is_file():
+        return {path.name: sha256_of(path)}
+    # Encoders keep their pooling in a subfolder; hidden files are those of downloads.
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    names = [file.relative_to(path) for file in files]
+    shown = [(name, file) for name, file in zip(names, files, strict=True) if not name.parts[0].startswith(".")]
+    return {str(name): sha256_of(file) for name, file in shown}

@@ -8,6 +8,7 @@ value, detail), ``clusters/near_duplicates.parquet``, ``statistics.json`` (what 
 from __future__ import annotations
 
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from doremi_mix.filtering import filter_plan
 from doremi_mix.filters.analysis import PROBABILITIES, describe_domain
 from doremi_mix.filters.funnel import KEPT, Funnel
 from doremi_mix.filters.scores import TEXTS
-from doremi_mix.run import RunDirectory, write_json
+from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.score_store import ScoreStore
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import REJECTIONS, loaded_path, read_summary
@@ -43,10 +44,13 @@ def run(context: StageContext) -> str:
     store = ScoreStore(context.run, make_executor(config, context.run, context.narrator), context.narrator)
     ids = Ids(load_folder, store.domains, store.num_rows)
     work = FilterWork(config, plan, store, Funnel(store.num_rows), context.narrator, ids)
-    for note in plan.notes:
+    notes = list(plan.notes)
+    if config.tokenize.tokenizer is None and any(rule.rule == "token_num" for rule in plan.rules):
+        notes.append("token_num counts words, for want of a tokenizer (tokenize.tokenizer)")
+    for note in notes:
         context.narrator.say(f"  note: {note}")
     apply_steps(work)
-    summary = summarize(work, read_summary(load_folder))
+    summary = {"loaded": loaded_fingerprint(context.run), "notes": notes} | summarize(work, read_summary(load_folder))
     _check_left(summary["domains"])
     with (
         context.narrator.track("write", len(store.domains), "domains") as tracker,
@@ -72,16 +76,20 @@ def summarize(work: FilterWork, loaded: list[dict[str, Any]]) -> dict[str, Any]:
         fates = work.funnel.fates[domain_id]
         counts = {"num_rows": len(fates), "num_kept": int(np.count_nonzero(fates == KEPT))}
         domains.append({**entry, **counts, "rejected": work.funnel.rejected_of(domain_id)})
-    plan = asdict(work.plan)
-    notes = plan.pop("notes")
+    plan = {key: value for key, value in asdict(work.plan).items() if key != "notes"}
     return {
         "preset": work.config.filter.preset,
         "plan": plan,
-        "notes": list(notes),
         "steps": work.funnel.describe_steps(),
         "domains": domains,
         **work.report,
     }
+
+
+def loaded_fingerprint(run: RunDirectory) -> str:
+    """Returns what tells one state of the loaded rows from another."""
+    manifest = run.manifest("load")
+    return "" if manifest is None else str(manifest["fingerprint"])
 
 
 def _check_left(domains: list[dict[str, Any]]) -> None:
@@ -89,10 +97,14 @@ def _check_left(domains: list[dict[str, Any]]) -> None:
     for domain in domains:
         if domain["num_kept"] == 0:
             rules = ", ".join(f"{rule} {count:,}" for rule, count in domain["rejected"].items())
+            advice = "loosen these rules (filter.rules)"
+            if "diversity" in domain["rejected"]:
+                advice = "raise filter.num_examples or set filter.per_domain=true"
+            elif set(domain["rejected"]) <= {"exact_duplicate", "near_duplicate"}:
+                advice = "put it first in filter.priority"
             raise DataError(
-                f"{domain['domain']}: none of its {domain['num_rows']:,} rows is left after filtering ({rules}); loosen"
-                " these rules (filter.rules), put it first in filter.priority where duplicates took it, or leave the "
-                "source out"
+                f"{domain['domain']}: none of its {domain['num_rows']:,} rows is left after filtering ({rules}); "
+                f"{advice}, or leave the source out"
             )
 
 
@@ -227,10 +239,11 @@ def sample_rejections(
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    command = f"doremi-mix filter --run-dir {shlex.quote(str(run.path))}"
     if run.manifest("filter") is None:
-        raise StageNotFinishedError(
-            f"filter has not finished in {run.path}; run: doremi-mix filter --run-dir {run.path}"
-        )
+        raise StageNotFinishedError(f"filter has not finished in {run.path}; run: {command}")
+    if read_json(run.stage_path("filter") / "summary.json")["loaded"] != loaded_fingerprint(run):
+        raise StageNotFinishedError(f"filter in {run.path} is older than what was loaded; run: {command}")
     table = pq.read_table(run.stage_path("filter") / f"{REJECTIONS}.parquet")
     for key, wanted in (("rule", rule), ("domain", domain)):
         if wanted is not None:

