@@ -454,7 +454,7 @@ def test_rules_of_a_new_config_take_the_place_of_those_before(tmp_path, folder):
     assert done.exit_code == 0, done.output
     summary = json.loads((run_dir / "filter" / "summary.json").read_text(encoding="utf-8"))
     assert [(rule["rule"], rule["min"], rule["max"]) for rule in summary["plan"]["rules"]] == [
-        ("text_length", None, 60)
+        ("text_length", None, 600)
     ]
 
 

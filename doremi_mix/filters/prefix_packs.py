@@ -88,7 +88,7 @@ def plan_packs(sequences: Sequence[NDArray[np.uint32]], capacity: int) -> Iterat
         For each pack, its sequences in order: which one, and how many tokens it shares with the one before.
 
     Example:
-        >>> list(plan_packs([np.uint32([1, 2, 4]), np.uint32([1, 3]), np.uint32([1, 2])], capacity=3))
+        >>> list(plan_packs([np.uint32([1, 2, 4]), np.uint32([5, 6]), np.uint32([1, 2])], capacity=3))
         [[(2, 0), (0, 2)], [(1, 0)]]
     """
     # In which order tokens are sorted does not matter, so any bytes of theirs will do.
