@@ -141,7 +141,7 @@ FAMILIES: Mapping[str, Family] = {
     "signature": Family(_make_signature_scorer, reads=WHOLE_TEXTS),
     "ngrams": Family(_make_ngram_embedder),
     "embedding": Family(_make_model_embedder, max_unit_rows=2_048, uses_gpu=True),
-    "model": Family(_make_model_scorer, max_unit_rows=512, uses_gpu=True),
+    "model": Family(_make_model_scorer, reads=WHOLE_TEXTS, max_unit_rows=512, uses_gpu=True),
     "foreign": Family(_make_foreign_scorer, reads=(*TEXTS, "system", "row"), max_unit_rows=4_096),
 }
 
