@@ -294,13 +294,15 @@ def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
 
     if not opened.processes.is_main:
         return
-    name, render = {"filter": ("summary.json", render_filter), "analyze": ("statistics.json", render_statistics)}[stage]
     folder = opened.run.stage_path(stage)
+    name = {"filter": "summary.json", "analyze": "statistics.json"}[stage]
     result = read_json(folder / name)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    _show(render(result))
+    _show(render_filter(result) if stage == "filter" else render_statistics(result))
+    if stage == "filter" and "overlap" in (after := read_json(folder / "statistics.json")["kept"]):
+        _show(render_statistics(after, "What was kept"))
     print(f"{stage}: {folder / name}")
     if stage == "filter" and any(step["rejected"] for step in result["steps"]):
         path = shlex.quote(str(opened.run.path))

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 CHINESE_SHARE = 0.3
 """A row whose letters are Chinese to this share or more is a Chinese one."""
 
+BUCKET_ROWS = 20_000_000
+"""More rows than this are compared in parts, by ranges of their keys: about 2 GB at a time."""
+
 Columns = list[NDArray[Any]]
 """One array per domain, one value per row."""
 
@@ -143,7 +146,8 @@ def _drop_exact_duplicates(work: FilterWork, normalization: str) -> None:
     request = key_request(normalization)
     keys = work.read(request, request.columns[0])
     priority = priority_of(work.config, work.store.domains)
-    found = find_exact_duplicates(keys, priority)
+    num_rows = sum(work.store.num_rows)
+    found = find_exact_duplicates(keys, priority, num_buckets=1 + num_rows // BUCKET_ROWS)
 
     def details(domain_id: int, positions: Positions) -> list[str]:
         return [f"the same text as {name}" for name in work.ids.take(found.survivor_of[domain_id][positions])]

@@ -261,6 +261,16 @@ def _by_contents(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in ("model", "tokenizer")}
 
 
+def analysis_requests(config: Config) -> tuple[list[ScoreRequest], ScoreRequest]:
+    """Returns the scores that describe rows, and the keys by which their texts are compared."""
+    from doremi_mix.filters.text_scores import TEXT_SCORES
+
+    requests = [ScoreRequest("text", tuple(TEXT_SCORES)), request_of_column("lang", config)]
+    if config.tokenize.tokenizer is not None:
+        requests.append(request_of_column("num_token", config))
+    return requests, key_request(filter_plan(config.filter).exact_duplicates or "spaces")
+
+
 def key_request(normalization: str) -> ScoreRequest:
     """Returns the keys by which texts are compared."""
     return ScoreRequest("text", (f"{TEXT_KEY}{normalization}",))

@@ -100,7 +100,7 @@ class ScoreStore:
         return [_join(num_rows, part, like) for num_rows, part in zip(self.num_rows, parts, strict=True)]
 
     def has(self, request: ScoreRequest) -> bool:
-        """Says whether every row has every column."""
+        """Says whether every row has every column by now."""
         return not self._missing_columns(request)
 
     def _missing_columns(self, request: ScoreRequest) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ SHELL = (
     "distributed",
     "filtering",
     "filter_steps",
+    "row_statistics",
     "score_store",
     "row_jobs",
     "row_workers",

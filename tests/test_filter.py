@@ -367,6 +367,23 @@ def test_analysis_before_filtering(tmp_path, folder):
     assert "copies" in shown.output
 
 
+def test_what_was_kept_is_described_like_what_was_loaded(tmp_path, folder):
+    run_dir = tmp_path / "run"
+    config = write_config(tmp_path / "c.yaml", folder, FILTER)
+    for stage in ("load", "analyze", "filter"):
+        done = doremi(stage, "--run-dir", run_dir, "--config", config)
+        assert done.exit_code == 0, done.output
+    before = json.loads((run_dir / "analyze" / "statistics.json").read_text(encoding="utf-8"))
+    after = json.loads((run_dir / "filter" / "statistics.json").read_text(encoding="utf-8"))["kept"]
+    assert after.keys() == before.keys()
+    assert before["domains"]["copies"]["num_rows"] == len(COPIES)
+    assert after["domains"]["copies"]["num_rows"] == len(COPIES) - len(EXPECTED)
+    assert after["domains"]["copies"]["num_duplicates"] == 0
+    assert after["domains"]["copies"]["flags"]["placeholder_answer"] == 0
+    assert after["overlap"]["shared_texts"] == [[20, 0, 0], [0, 40, 0], [0, 0, 25]]
+    assert "What was kept" in done.output
+
+
 def test_a_preset_says_what_it_leaves_out(tmp_path, folder):
     settings = {"preset": "data_juicer_refine", "rules": {"maximum_line_length": None}}
     run_dir = filtered(tmp_path, folder, settings)
@@ -392,10 +409,10 @@ def test_models_vote_and_a_run_of_ours_is_one(tmp_path, folder, finished_run):
     counts = {name: sum(key.startswith(f"{name}:") for key in found) for name in CORPUS}
     assert counts == {name: len(rows) // 2 for name, rows in CORPUS.items()}
     statistics = json.loads((run_dir / "filter" / "statistics.json").read_text(encoding="utf-8"))
-    scored = statistics["domains"]["good"]["scored"]["quantiles"]["perplexity"]
+    scored = statistics["scored"]["domains"]["good"]["quantiles"]["perplexity"]
     assert scored == sorted(scored)
     assert scored[0] > 1
-    kept = statistics["domains"]["good"]["kept"]["quantiles"]["perplexity"]
+    kept = statistics["kept"]["domains"]["good"]["quantiles"]["perplexity"]
     assert kept[-1] == pytest.approx(scored[PROBABILITIES.index(0.5)], rel=0.2)
     before = score_files(run_dir)
     voted = doremi("filter", "--run-dir", run_dir, "--set", "filter.min_votes=2")

@@ -59,12 +59,12 @@ def _add_counts(table: Table, name: str, domains: Sequence[Mapping[str, Any]], r
     table.add_row(name, f"{num_rows:,}", f"{num_kept:,}", _share(num_kept, num_rows), *taken)
 
 
-def render_statistics(statistics: Mapping[str, Any]) -> Group:
+def render_statistics(statistics: Mapping[str, Any], title: str = "What was loaded") -> Group:
     """Draws ``analyze/statistics.json``: a line a domain, then the pairs of domains that share most texts."""
     median = statistics["probabilities"].index(0.5)
     high = statistics["probabilities"].index(0.99)
     headings = ["rows", "tokens" if _has_tokens(statistics) else "words", "characters\nmedian", "99 %", "dup-\nlicates"]
-    table = _new_table("What was loaded", "domain", [*headings, "place-\nholder", "refusal", "broken"])
+    table = _new_table(title, "domain", [*headings, "place-\nholder", "refusal", "broken"])
     table.add_column("languages")
     for name, domain in statistics["domains"].items():
         lengths = domain["quantiles"]["text_len"]

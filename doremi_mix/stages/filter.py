@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from doremi_mix.errors import DataError, StageNotFinishedError
 from doremi_mix.executors import make_executor
 from doremi_mix.filter_steps import FilterWork, Ids, apply_steps
-from doremi_mix.filtering import filter_plan
+from doremi_mix.filtering import analysis_requests, filter_plan
 from doremi_mix.filters.analysis import PROBABILITIES, describe_domain
 from doremi_mix.filters.funnel import KEPT, Funnel
 from doremi_mix.filters.scores import TEXTS
+from doremi_mix.row_statistics import describe_rows
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.score_store import ScoreStore
 from doremi_mix.stages import StageContext
@@ -63,7 +65,7 @@ def run(context: StageContext) -> str:
             tracker.advance(1)
     if work.clusters:
         _write_clusters(work, context.folder / NEAR_DUPLICATES)
-    write_json(context.folder / "statistics.json", _statistics(work))
+    write_json(context.folder / "statistics.json", _statistics(work, load_folder))
     write_json(context.folder / "summary.json", summary)
     num_rows, num_kept = sum(store.num_rows), work.funnel.num_kept
     return f"{num_rows:,} rows = {num_kept:,} kept + {num_rows - num_kept:,} rejected"
@@ -208,19 +210,25 @@ def _write_clusters(work: FilterWork, path: Path) -> None:
     pq.write_table(table, path, compression="zstd")
 
 
-def _statistics(work: FilterWork) -> dict[str, Any]:
-    """Returns what the scores that decided something are like, among the rows that had them and among the kept ones."""
+def _statistics(work: FilterWork, load_folder: Path) -> dict[str, Any]:
+    """Returns what the scores that decided something are like, among the rows that had them and among the kept ones.
+
+    Where the rows were analyzed before, ``kept`` says of the kept ones all that was said of the loaded ones.
+    """
     kept = work.funnel.kept()
+    every = [np.ones(len(mask), dtype=bool) for mask in kept]
+    requests, keys = analysis_requests(work.config)
+    if all(work.store.has(request) for request in (*requests, keys)):
+        after = describe_rows(work.config, work.store, load_folder, kept, work.scores)
+    else:
+        after = {"domains": _describe_scores(work, kept)}
+    return {"probabilities": list(PROBABILITIES), "scored": {"domains": _describe_scores(work, every)}, "kept": after}
+
+
+def _describe_scores(work: FilterWork, masks: Sequence[NDArray[np.bool_]]) -> dict[str, Any]:
     return {
-        "probabilities": list(PROBABILITIES),
-        "domains": {
-            name: {
-                "scored": describe_domain(columns, np.ones(len(kept[i]), dtype=bool), (), 0),
-                "kept": describe_domain(columns, kept[i], (), 0),
-            }
-            for i, name in enumerate(work.store.domains)
-            for columns in [{column: values[i] for column, values in work.scores.items()}]
-        },
+        name: describe_domain({column: values[i] for column, values in work.scores.items()}, masks[i], (), 0)
+        for i, name in enumerate(work.store.domains)
     }
 
 
