@@ -281,7 +281,10 @@ def test_a_domain_of_which_nothing_is_left_is_an_error_and_leaves_no_half_result
         ({"models": ["m/m"], "min_votes": 2, "exact_duplicates": "text"}, r"filter\.min_votes is 2, more than the 1"),
         ({"models": ["m/m", "m/m"], "exact_duplicates": "text"}, r"filter\.models names a model twice"),
         ({"models": [1]}, r"filter\.models\[0\] must be"),
-        ({"exact_duplicates": "text", "executor": "hosts"}, r"filter\.executor hosts needs datatrove"),
+        (
+            {"exact_duplicates": "text", "executor": "hosts"},
+            r"filter\.num_hosts is 1, but filter\.executor hosts shares",
+        ),
         (
             {"num_examples": 5, "diversity": "facility_location", "quality_weighted": True, "models": ["m/m"]},
             r"filter\.quality_weighted goes with filter\.diversity k_center",
