@@ -246,18 +246,24 @@ def rejections(
     as_json: AsJson = False,
 ) -> None:
     """Shows rows that the filter rejected, with the reason, for a person to judge."""
+    from doremi_mix.pipeline import resolve
     from doremi_mix.report.filter_table import render_rejections
     from doremi_mix.run import RunDirectory
+    from doremi_mix.stages import stage_states
     from doremi_mix.stages.filter import sample_rejections
 
     with _errors_in_one_line():
         directory = RunDirectory(run_dir)
-        directory.describe()
+        given = directory.describe()["given"]
         rows = sample_rejections(directory, rule, domain, number, seed)
+        if stage_states(resolve(given, directory)[0], directory).get("filter") != "finished":
+            print("note: these are of the last filter that finished; the settings have changed since", file=sys.stderr)
         if as_json:
             print(json.dumps(rows, indent=2, ensure_ascii=False))
-        else:
+        elif rows:
             _show(render_rejections(rows))
+        else:
+            print("nothing was rejected")
 
 
 @app.command()

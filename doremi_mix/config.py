@@ -7,10 +7,18 @@ chosen by ``plan.choose`` for the hardware and the data; the run directory keeps
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from doremi_mix.errors import ConfigError
 
@@ -74,10 +82,20 @@ class RuleConfig(Section):
     )
     parameter: PositiveInt | None = Field(default=None, description="characters or words of an n-gram, for repetition")
 
+    @model_serializer(mode="wrap")
+    def _only_what_was_given(self, dump: Callable[[RuleConfig], dict[str, Any]]) -> dict[str, Any]:
+        """Leaves out what was not given: null would lift a bound of the preset."""
+        return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
+
 
 def _off(value: object) -> object:
     """YAML reads off as false."""
     return "off" if value is False else value
+
+
+def _all(value: object) -> object:
+    """Whoever switches the choice off wants all of them."""
+    return "all" if value is False or value == "off" else value
 
 
 class AnalyzeConfig(Section):
@@ -97,7 +115,9 @@ class FilterConfig(Section):
     preset: Literal["none", "ke_data_juicer", "data_juicer_refine", "second_place"] = Field(
         default="none", description="a published recipe; the settings below go on top of it"
     )
-    recipe: str | None = Field(default=None, description="instead of a preset: a recipe file of Data-Juicer (YAML)")
+    recipe: str | dict[str, Any] | None = Field(
+        default=None, description="instead of a preset: a recipe file of Data-Juicer (YAML); the run keeps its content"
+    )
     rules: dict[str, RuleConfig | None] = Field(
         default_factory=dict,
         description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; null switches a rule off; "
@@ -144,8 +164,8 @@ class FilterConfig(Section):
     trust_remote_code: bool = Field(
         default=False, json_schema_extra=_NO_RESULT, description="let hub models run their own code"
     )
-    num_examples: PositiveInt | Literal["all"] | None = Field(
-        default=None, description="keep so many diverse examples; null: by the preset"
+    num_examples: Annotated[PositiveInt | Literal["all"] | None, BeforeValidator(_all)] = Field(
+        default=None, description="keep so many diverse examples, or all; null: by the preset"
     )
     per_domain: bool = Field(default=False, description="keep num_examples of each domain, not of all together")
     diversity: Literal["k_center", "facility_location"] = Field(

@@ -22,7 +22,6 @@ _PATHS = (
     ("proxy", "model"),
     ("compare", "model"),
     ("mixture", "weights"),
-    ("filter", "recipe"),
     ("filter", "embedding"),
     ("filter", "flagged_words"),
     ("filter", "stopwords"),
@@ -91,6 +90,10 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         if isinstance(settings, dict) and isinstance(value, str) and value not in words:
             path = folder / Path(value).expanduser()
             settings[key] = str(path) if path.exists() else value
+    recipe = result["filter"].get("recipe") if isinstance(result.get("filter"), dict) else None
+    if isinstance(recipe, str | os.PathLike) and (folder / Path(recipe).expanduser()).exists():
+        # The run keeps what the recipe says, not where it lay.
+        result["filter"]["recipe"] = load_yaml(folder / Path(recipe).expanduser())
     scoring = result["filter"].get("models") if isinstance(result.get("filter"), dict) else None
     if isinstance(scoring, list | tuple):
         result["filter"]["models"] = [_anchored(model, folder) for model in scoring]

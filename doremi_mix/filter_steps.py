@@ -200,7 +200,7 @@ def _rule_step(rule: Rule, setting: RuleSetting, columns: Columns, bounds: Seque
         found = columns[domain_id][positions].tolist()
         return [describe(rule, value, low, high, setting.allowed) for value in found]
 
-    return Step(rule.name, values, details)
+    return Step(rule.name, values, details, setting.applies)
 
 
 def _bounds(work: FilterWork, setting: RuleSetting, values: Columns) -> list[tuple[float | None, float | None]]:
@@ -337,7 +337,7 @@ def _apply_model_rule(work: FilterWork, setting: RuleSetting) -> None:
             for votes, median in shown
         ]
 
-    work.funnel.apply(Step(rule.name, values, details), masks)
+    work.funnel.apply(Step(rule.name, values, details, setting.applies), masks)
 
 
 def _verdicts(rule: Rule, values: NDArray[Any], low: float | None, high: float | None) -> NDArray[np.floating[Any]]:

@@ -69,7 +69,8 @@ def _base_plan(settings: FilterConfig) -> FilterPlan:
         raise ConfigError("filter.recipe and filter.preset are both given; give one of them")
     from doremi_mix.filters.recipes import plan_from_recipe
 
-    return plan_from_recipe(load_yaml(Path(settings.recipe)), where=settings.recipe)
+    recipe = settings.recipe if isinstance(settings.recipe, dict) else load_yaml(Path(settings.recipe))
+    return plan_from_recipe(recipe, where="filter.recipe")
 
 
 def _without_lists(rules: tuple[RuleSetting, ...], settings: FilterConfig) -> tuple[tuple[RuleSetting, ...], list[str]]:
@@ -138,7 +139,7 @@ def check_filter(config: Config, names: Sequence[str]) -> None:
 
 
 def check_filter_inputs(config: Config, run: RunDirectory) -> None:
-    """Finds now what the filter would miss when it comes to it; a filter that has finished needs nothing any more.
+    """Finds now what the filter would miss when it comes to it.
 
     Raises:
         ConfigError: a word list is missing, an executor lacks something, or the run is to score itself.

@@ -524,4 +524,44 @@ def test_system_prompts_tell_rows_apart(tmp_path):
         doremi(stage, "--run-dir", run_dir, "--config", config)
     # Two of the nine are new; the other domains are left without rows, which is an error of its own.
     done = doremi("filter", "--run-dir", run_dir)
-    assert "exact_duplicate 3); put it first in filter.priority, or leave the source out" in done.output
+    assert "exact_duplicate 3); put it first in filter.priority or loosen filter.exact_duplicates" in done.output
+    assert "; the same holds for 城市" in done.output
+
+
+def test_the_config_that_a_run_keeps_makes_the_same_filter(tmp_path, folder):
+    settings = {"preset": "data_juicer_refine", "rules": {"alphanumeric": {"max": 0.99}}}
+    run_dir = filtered(tmp_path, folder, settings)
+    other = tmp_path / "other"
+    for stage in ("load", "filter"):
+        done = doremi(stage, "--run-dir", other, "--config", run_dir / "config.yaml")
+        assert done.exit_code == 0, done.output
+    plans = [
+        json.loads((place / "filter" / "summary.json").read_text(encoding="utf-8"))["plan"]
+        for place in (run_dir, other)
+    ]
+    assert plans[0] == plans[1]
+    (rule,) = [rule for rule in plans[1]["rules"] if rule["rule"] == "alphanumeric"]
+    assert (rule["min"], rule["max"]) == (0.1, 0.99)
+
+
+def test_a_recipe_is_kept_by_the_run(tmp_path, folder, small_settings):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("process:\n  - text_length_filter:\n      min_len: 20\n", encoding="utf-8")
+    run_dir = filtered(tmp_path, folder, {"recipe": str(recipe)}, tokenize=small_settings["tokenize"])
+    assert {key: row["rule"] for key, row in rejections(run_dir).items()} == {"copies:24": "text_length"}
+    moved = recipe.rename(tmp_path / "moved.yaml")
+    assert "filter            finished" in doremi("status", "--run-dir", run_dir).output
+    done = doremi("tokenize", "--run-dir", run_dir)
+    assert done.exit_code == 0, done.output
+    assert "filter: up to date" in doremi("filter", "--run-dir", run_dir, "--set", f"filter.recipe={moved}").output
+    done = doremi("filter", "--run-dir", run_dir, "--set", f"filter.recipe={recipe}")
+    assert done.exit_code == 1
+    assert "recipe.yaml: no such config file" in done.output
+
+
+def test_rejections_of_other_settings_are_told(tmp_path, folder):
+    run_dir = filtered(tmp_path, folder)
+    assert "note:" not in doremi("rejections", "--run-dir", run_dir).output
+    failing = doremi("filter", "--run-dir", run_dir, "--set", "filter.rules.text_length.min=100000")
+    assert "; the same holds for good, 城市" in failing.output
+    assert "the settings have changed since" in doremi("rejections", "--run-dir", run_dir).output

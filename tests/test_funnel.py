@@ -21,8 +21,8 @@ def test_a_row_stays_with_the_first_step_that_takes_it():
     assert funnel.rejected_of(0) == {"short": 1, "long": 1}
     assert funnel.rejected_of(1) == {"long": 1}
     assert funnel.describe_steps() == [
-        {"rule": "short", "rows_before": 5, "rejected": 1},
-        {"rule": "long", "rows_before": 4, "rejected": 2},
+        {"rule": "short", "applies": "all", "rows_before": 5, "rejected": 1},
+        {"rule": "long", "applies": "all", "rows_before": 4, "rejected": 2},
     ]
 
 

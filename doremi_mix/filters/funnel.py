@@ -19,11 +19,13 @@ class Step:
         name: of the rule, or ``exact_duplicate``, ``near_duplicate``, ``diversity``, or a Data-Juicer operator.
         values: of rows (domain id, positions): what was measured, float64; NaN where that is no number.
         details: of rows: one sentence for a person on each, with the value and what was expected.
+        applies: to which rows, where it is not for all: ``zh`` or ``other``.
     """
 
     name: str
     values: Callable[[int, NDArray[np.int64]], NDArray[np.float64]]
     details: Callable[[int, NDArray[np.int64]], Sequence[str]]
+    applies: str = "all"
 
 
 class Funnel:
@@ -73,6 +75,6 @@ class Funnel:
         result: list[dict[str, int | str]] = []
         for number, step in enumerate(self.steps):
             taken = sum(int(np.count_nonzero(fates == number)) for fates in self.fates)
-            result.append({"rule": step.name, "rows_before": before, "rejected": taken})
+            result.append({"rule": step.name, "applies": step.applies, "rows_before": before, "rejected": taken})
             before -= taken
         return result

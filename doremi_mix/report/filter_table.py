@@ -28,7 +28,8 @@ def render_filter(summary: Mapping[str, Any]) -> Group:
     for heading in ("rows\nbefore", "rejected"):
         by_step.add_column(heading, justify="right")
     for number, step in enumerate(steps, 1):
-        by_step.add_row(str(number), step["rule"], f"{step['rows_before']:,}", _count(step["rejected"]))
+        which = {"zh": " (Chinese rows)", "other": " (other rows)"}.get(step.get("applies", "all"), "")
+        by_step.add_row(str(number), step["rule"] + which, f"{step['rows_before']:,}", _count(step["rejected"]))
     numbers: dict[str, str] = {}
     for number, step in enumerate(steps, 1):
         if step["rejected"]:

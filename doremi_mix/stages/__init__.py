@@ -117,6 +117,8 @@ def _filter_settings(config: Config) -> Any:
 
     plan = asdict(filter_plan(config.filter))
     del plan["notes"]
+    for rule in plan["rules"]:
+        del rule["source"]
     return {"plan": plan, "priority": list(config.filter.priority), "scores": score_settings(config)}
 
 

@@ -95,19 +95,22 @@ def loaded_fingerprint(run: RunDirectory) -> str:
 
 
 def _check_left(domains: list[dict[str, Any]]) -> None:
-    """Raises DataError when nothing is left of a domain."""
-    for domain in domains:
-        if domain["num_kept"] == 0:
-            rules = ", ".join(f"{rule} {count:,}" for rule, count in domain["rejected"].items())
-            advice = "loosen these rules (filter.rules)"
-            if "diversity" in domain["rejected"]:
-                advice = "raise filter.num_examples or set filter.per_domain=true"
-            elif set(domain["rejected"]) <= {"exact_duplicate", "near_duplicate"}:
-                advice = "put it first in filter.priority"
-            raise DataError(
-                f"{domain['domain']}: none of its {domain['num_rows']:,} rows is left after filtering ({rules}); "
-                f"{advice}, or leave the source out"
-            )
+    """Raises DataError when nothing is left of a domain, with what took most of it."""
+    empty = [domain for domain in domains if domain["num_kept"] == 0]
+    if not empty:
+        return
+    first = empty[0]
+    rules = ", ".join(f"{rule} {count:,}" for rule, count in first["rejected"].items())
+    advice = {
+        "exact_duplicate": "put it first in filter.priority or loosen filter.exact_duplicates",
+        "near_duplicate": "put it first in filter.priority or raise filter.near_duplicates",
+        "diversity": "raise filter.num_examples or set filter.per_domain=true",
+    }.get(max(first["rejected"], key=first["rejected"].__getitem__), "loosen these rules (filter.rules)")
+    others = ", ".join(domain["domain"] for domain in empty[1:])
+    raise DataError(
+        f"{first['domain']}: none of its {first['num_rows']:,} rows is left after filtering ({rules}); {advice}, or "
+        "leave the source out" + (f"; the same holds for {others}" if others else "")
+    )
 
 
 def _write_kept(work: FilterWork, load_folder: Path, folder: Path, domain_id: int) -> None:
