@@ -76,7 +76,9 @@ class RuleConfig(Section):
     max: float | None = Field(default=None, description="the largest value that is kept")
     min_quantile: Share | None = Field(default=None, description="instead of min: a quantile of each domain's values")
     max_quantile: Share | None = Field(default=None, description="instead of max: a quantile of each domain's values")
-    allowed: tuple[str, ...] | None = Field(default=None, description="of the rule languages: the languages kept")
+    allowed: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = Field(
+        default=None, description="of the rule languages: the languages kept"
+    )
     applies: Literal["all", "zh", "other"] | None = Field(
         default=None, description="to rows of any script (all), of Chinese script (zh), or of another (other)"
     )
@@ -96,6 +98,22 @@ def _off(value: object) -> object:
 def _all(value: object) -> object:
     """Whoever switches the choice off wants all of them."""
     return "all" if value is False or value == "off" else value
+
+
+def _listed(value: object) -> object:
+    """One word is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _thresholds(value: object) -> object:
+    """A rule may be switched on with its defaults (true) and off (false)."""
+    if isinstance(value, bool):
+        return {} if value else None
+    if value is not None and not isinstance(value, Mapping | RuleConfig):
+        raise ValueError(
+            "must be thresholds, for example {min: 20, max: 2000}, or true or false to switch it on or off"
+        )
+    return value
 
 
 class AnalyzeConfig(Section):
@@ -118,17 +136,17 @@ class FilterConfig(Section):
     recipe: str | dict[str, Any] | None = Field(
         default=None, description="instead of a preset: a recipe file of Data-Juicer (YAML); the run keeps its content"
     )
-    rules: dict[str, RuleConfig | None] = Field(
+    rules: dict[str, Annotated[RuleConfig | None, BeforeValidator(_thresholds)]] = Field(
         default_factory=dict,
-        description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; null switches a rule off; "
-        "all rules: doremi-mix rules",
+        description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; true takes a rule's defaults, "
+        "false or null switches it off; all rules: doremi-mix rules",
     )
     exact_duplicates: Annotated[Literal["off", "text", "spaces", "characters"] | None, BeforeValidator(_off)] = Field(
         default=None,
         description="drop rows whose text is the same: text (as it is), spaces (case, width and white space folded), "
         "characters (letters alone); null: by the preset",
     )
-    priority: tuple[str, ...] = Field(
+    priority: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         default=(),
         description="the domains that keep a row that others have too, first ones first; the rest follow in the order "
         "of sources",
@@ -143,7 +161,7 @@ class FilterConfig(Section):
     num_permutations: Annotated[int, Field(ge=16, le=1024)] = Field(
         default=128, description="length of a MinHash signature: longer is more exact"
     )
-    models: tuple[str, ...] = Field(
+    models: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         default=(),
         description="causal LMs that score perplexity and IFD: folders, hub names, .gguf files, or run directories of "
         "ours, whose reference model is taken",

@@ -95,6 +95,7 @@ def anchor_paths(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         # The run keeps what the recipe says, not where it lay.
         result["filter"]["recipe"] = load_yaml(folder / Path(recipe).expanduser())
     scoring = result["filter"].get("models") if isinstance(result.get("filter"), dict) else None
+    scoring = [scoring] if isinstance(scoring, str | os.PathLike) else scoring
     if isinstance(scoring, list | tuple):
         result["filter"]["models"] = [_anchored(model, folder) for model in scoring]
     entered = result["compare"].get("also") if isinstance(result.get("compare"), dict) else None

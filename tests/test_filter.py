@@ -281,6 +281,8 @@ def test_a_domain_of_which_nothing_is_left_is_an_error_and_leaves_no_half_result
         ({"models": ["m/m"], "min_votes": 2, "exact_duplicates": "text"}, r"filter\.min_votes is 2, more than the 1"),
         ({"models": ["m/m", "m/m"], "exact_duplicates": "text"}, r"filter\.models names a model twice"),
         ({"models": [1]}, r"filter\.models\[0\] must be"),
+        ({"rules": {"text_length": 20}}, r"filter\.rules\.text_length must be thresholds, for example \{min: 20, max"),
+        ({"priority": "nobody"}, r"filter\.priority: 'nobody' is no domain"),
         (
             {"exact_duplicates": "text", "executor": "hosts"},
             r"filter\.num_hosts is 1, but filter\.executor hosts shares",
@@ -565,3 +567,14 @@ def test_rejections_of_other_settings_are_told(tmp_path, folder):
     failing = doremi("filter", "--run-dir", run_dir, "--set", "filter.rules.text_length.min=100000")
     assert "; the same holds for good, 城市" in failing.output
     assert "the settings have changed since" in doremi("rejections", "--run-dir", run_dir).output
+
+
+def test_a_rule_is_switched_on_and_off_by_true_and_false(tmp_path, folder):
+    settings = {"preset": "ke_data_juicer", "num_examples": "off", "exact_duplicates": "off"}
+    rules = {"perplexity": False, "instruction_following_difficulty": None, "language_id_score": False}
+    rules |= {"placeholder_answer": True, "languages": {"allowed": "zh"}}
+    run_dir = filtered(tmp_path, folder, {**settings, "rules": {**rules, "languages": None}})
+    summary = json.loads((run_dir / "filter" / "summary.json").read_text(encoding="utf-8"))
+    assert [rule["rule"] for rule in summary["plan"]["rules"]] == ["placeholder_answer", "text_length"]
+    done = doremi("filter", "--run-dir", run_dir, "--set", "filter.rules.languages.allowed=[en, zh]")
+    assert done.exit_code == 0, done.output
