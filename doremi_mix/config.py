@@ -138,7 +138,7 @@ class FilterConfig(Section):
     )
     rules: dict[str, Annotated[RuleConfig | None, BeforeValidator(_thresholds)]] = Field(
         default_factory=dict,
-        description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; true takes a rule's defaults, "
+        description="thresholds by rule, for example {text_length: {min: 20, max: 2000}}; true takes the defaults, "
         "false or null switches it off; all rules: doremi-mix rules",
     )
     exact_duplicates: Annotated[Literal["off", "text", "spaces", "characters"] | None, BeforeValidator(_off)] = Field(
