@@ -162,7 +162,8 @@ def facility_location(points_ND: NDArray[np.float32], num: int) -> NDArray[np.in
         ) from None
     unit_ND = points_ND / np.maximum(np.sqrt(np.square(points_ND, dtype=np.float64).sum(1)), 1e-30)[:, None]
     unit_ND = unit_ND.astype(np.float32)
-    similarity_NN = np.maximum(unit_ND @ unit_ND.T, 0)
+    with np.errstate(invalid="ignore"):  # see k_center.select
+        similarity_NN = np.maximum(unit_ND @ unit_ND.T, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it looks for a class where SciPy no longer wants it to be
         model = function(n=len(points_ND), mode="dense", separate_rep=False, sijs=similarity_NN)

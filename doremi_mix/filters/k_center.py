@@ -85,7 +85,9 @@ def select(
     if device is None and float(points_ND.size) * num >= _GPU_WORK:
         device = _fitting_gpu(points_ND)
     if device is None or device == "cpu":
-        return _select_pruned(points_ND, num, weights_N, progress)
+        # A BLAS may look at lanes beside the numbers and raise flags for what is no part of the result.
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            return _select_pruned(points_ND, num, weights_N, progress)
     return _select_on_device(points_ND, num, weights_N, device, progress)
 
 
