@@ -247,10 +247,10 @@ def rejections(
 ) -> None:
     """Shows rows that the filter rejected, with the reason, for a person to judge."""
     from doremi_mix.pipeline import resolve
+    from doremi_mix.rejections import sample_rejections
     from doremi_mix.report.filter_table import render_rejections
     from doremi_mix.run import RunDirectory
     from doremi_mix.stages import stage_states
-    from doremi_mix.stages.filter import sample_rejections
 
     with _errors_in_one_line():
         directory = RunDirectory(run_dir)

@@ -29,7 +29,8 @@ from doremi_mix.filtering import (
     signature_request,
 )
 from doremi_mix.filters.funnel import Funnel, Step
-from doremi_mix.filters.plan import Diversity, FilterPlan, ForeignOp, NearDuplicates, RuleSetting
+from doremi_mix.filters.languages import MIN_CJK_SHARE
+from doremi_mix.filters.plan import Diversity, FilterPlan, ForeignOp, NearDuplicateSettings, RuleSetting
 from doremi_mix.filters.quantiles import exact_quantiles
 from doremi_mix.filters.rules import Rule, describe, failed, rule_named
 from doremi_mix.progress import Narrator
@@ -38,9 +39,6 @@ from doremi_mix.stages.load import read_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-CHINESE_SHARE = 0.3
-"""A row whose letters are Chinese to this share or more is a Chinese one."""
 
 BUCKET_ROWS = 20_000_000
 """More rows than this are compared in parts, by ranges of their keys: about 2 GB at a time."""
@@ -228,7 +226,7 @@ def _applies(work: FilterWork, setting: RuleSetting) -> list[NDArray[np.bool_] |
     if setting.applies == "all":
         return [None] * len(work.store.domains)
     shares = work.read(ScoreRequest("text", ("cjk_ratio",)), "cjk_ratio")
-    return [(share >= CHINESE_SHARE) == (setting.applies == "zh") for share in shares]
+    return [(share > MIN_CJK_SHARE) == (setting.applies == "zh") for share in shares]
 
 
 def _apply_foreign(work: FilterWork, op: ForeignOp) -> None:
@@ -247,7 +245,7 @@ def _apply_foreign(work: FilterWork, op: ForeignOp) -> None:
     work.funnel.apply(Step(op.name, shown, details), [mask == 0 for mask in keep])
 
 
-def _drop_near_duplicates(work: FilterWork, near: NearDuplicates) -> None:
+def _drop_near_duplicates(work: FilterWork, near: NearDuplicateSettings) -> None:
     from doremi_mix.filters.near_duplicates import find_near_duplicates
 
     signatures = work.read(signature_request(near, work.config.filter.seed), "signature", kept_only=True)

@@ -13,7 +13,7 @@ import yaml
 from doremi_mix.config import Config, FilterConfig
 from doremi_mix.config_file import load_yaml
 from doremi_mix.errors import ConfigError, StageNotFinishedError
-from doremi_mix.filters.plan import Diversity, FilterPlan, NearDuplicates, RuleSetting, override_rules
+from doremi_mix.filters.plan import Diversity, FilterPlan, NearDuplicateSettings, RuleSetting, override_rules
 from doremi_mix.filters.presets import PRESETS
 from doremi_mix.filters.scores import FAMILIES, TEXT_KEY, read_words
 from doremi_mix.run import RunDirectory
@@ -47,7 +47,7 @@ def filter_plan(settings: FilterConfig) -> FilterPlan:
     if settings.exact_duplicates is not None:
         exact = None if settings.exact_duplicates == "off" else settings.exact_duplicates
     if settings.near_duplicates is not None:
-        near = None if settings.near_duplicates == "off" else NearDuplicates(similarity=settings.near_duplicates)
+        near = None if settings.near_duplicates == "off" else NearDuplicateSettings(similarity=settings.near_duplicates)
     if near is not None:
         near = dataclasses.replace(near, shingle_size=settings.shingle_size, num_permutations=settings.num_permutations)
     plan = dataclasses.replace(
@@ -277,7 +277,7 @@ def key_request(normalization: str) -> ScoreRequest:
     return ScoreRequest("text", (f"{TEXT_KEY}{normalization}",))
 
 
-def signature_request(near: NearDuplicates, seed: int) -> ScoreRequest:
+def signature_request(near: NearDuplicateSettings, seed: int) -> ScoreRequest:
     """Returns the MinHash signatures."""
     settings = {"num_permutations": near.num_permutations, "shingle_size": near.shingle_size, "seed": seed}
     return ScoreRequest("signature", ("signature",), settings)

@@ -48,7 +48,7 @@ class ScoreStore:
         self._load_folder = run.stage_path("load")
         manifest = run.manifest("load")
         assert manifest is not None
-        self._loaded = str(manifest["fingerprint"])
+        self.loaded = str(manifest["fingerprint"])
         self._executor = executor
         self._narrator = narrator
         self.domains = tuple(entry["domain"] for entry in read_summary(self._load_folder))
@@ -163,7 +163,7 @@ class ScoreStore:
             "family": request.family,
             "version": FAMILIES[request.family].version,
             "settings": json.loads(json.dumps(request.settings)),
-            "loaded": self._loaded,
+            "loaded": self.loaded,
             "columns": list(columns),
         }
 

@@ -28,6 +28,7 @@ SHELL = (
     "filtering",
     "filter_steps",
     "row_statistics",
+    "rejections",
     "score_store",
     "row_jobs",
     "row_workers",

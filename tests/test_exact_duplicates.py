@@ -57,7 +57,7 @@ def keep_characters(text):
 @pytest.mark.parametrize(
     ("normalization", "definition"),
     [
-        ("none", str.strip),
+        ("text", str.strip),
         ("spaces", lambda text: " ".join(unicodedata.normalize("NFKC", text).casefold().split())),
         ("characters", keep_characters),
     ],
@@ -78,11 +78,11 @@ def test_what_each_normalization_takes_for_the_same():
     def same(one, other):
         return [
             normalization
-            for normalization in ("none", "spaces", "characters")
+            for normalization in ("text", "spaces", "characters")
             if len(set(hex_keys([one, other], normalization))) == 1
         ]
 
-    assert same("a b", "a b ") == ["none", "spaces", "characters"]
+    assert same("a b", "a b ") == ["text", "spaces", "characters"]
     assert same("Name three  colors.", "name THREE colors.") == ["spaces", "characters"]
     assert same("３ 个\u3000苹果", "3 个 苹果") == ["spaces", "characters"]
     assert same("Add 3 and 4", "Add 5, and 6!") == ["characters"]
@@ -109,7 +109,7 @@ def test_normalized_text_has_one_space_for_any_whitespace_and_width():
 def test_bad_texts_and_normalizations_are_refused():
     with pytest.raises(ValueError, match=r"^texts must not be null, got 1 nulls in 2 texts$"):
         text_keys(pa.array(["a", None]))
-    with pytest.raises(ValueError, match=r"^normalize must be one of none, spaces, characters, got 'words'$"):
+    with pytest.raises(ValueError, match=r"^normalize must be one of text, spaces, characters, got 'words'$"):
         text_keys(pa.array(["a"]), "words")
 
 

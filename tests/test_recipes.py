@@ -4,7 +4,7 @@ import pytest
 
 from doremi_mix.errors import ConfigError
 from doremi_mix.filters import recipes
-from doremi_mix.filters.plan import FilterPlan, ForeignOp, NearDuplicates
+from doremi_mix.filters.plan import FilterPlan, ForeignOp, NearDuplicateSettings
 from doremi_mix.filters.recipe_ops import NOTES, RECIPE_OPS
 from doremi_mix.filters.recipes import plan_from_recipe
 from doremi_mix.filters.rules import RULES, rule_named
@@ -213,13 +213,13 @@ def test_near_deduplication_by_characters_is_ours():
         "num_permutations": 64,
     }
     plan = plan_of({"document_minhash_deduplicator": arguments})
-    assert plan == FilterPlan(near_duplicates=NearDuplicates(0.8, 7, 64))
+    assert plan == FilterPlan(near_duplicates=NearDuplicateSettings(0.8, 7, 64))
 
 
 def test_near_deduplication_otherwise_is_noted():
     op = "document_minhash_deduplicator"
     plan = plan_of({op: {"lowercase": False, "ignore_pattern": r"\p{P}", "num_bands": 8, "num_rows_per_band": 4}})
-    assert plan.near_duplicates == NearDuplicates(0.7, 5, 256)
+    assert plan.near_duplicates == NearDuplicateSettings(0.7, 5, 256)
     assert plan.notes == (
         f"{op} compares runs of 5 words; here it is runs of 5 characters, of which similar texts share more",
         f"{op} tells upper from lower case; here both count as the same",
@@ -232,9 +232,9 @@ def test_simhash_becomes_minhash_and_gives_way_to_one():
     simhash = {"document_simhash_deduplicator": {"tokenization": "character", "window_size": 6}}
     minhash = {"document_minhash_deduplicator": {"tokenization": "character", "jaccard_threshold": 0.9}}
     note = "document_simhash_deduplicator compares by SimHash; here MinHash stands in for it"
-    assert plan_of(simhash) == FilterPlan(near_duplicates=NearDuplicates(0.7, 6, 128), notes=(note,))
+    assert plan_of(simhash) == FilterPlan(near_duplicates=NearDuplicateSettings(0.7, 6, 128), notes=(note,))
     for process in ([simhash, minhash], [minhash, simhash]):
-        assert plan_of(*process) == FilterPlan(near_duplicates=NearDuplicates(0.9, 5, 256), notes=(note,))
+        assert plan_of(*process) == FilterPlan(near_duplicates=NearDuplicateSettings(0.9, 5, 256), notes=(note,))
 
 
 def test_two_near_deduplications_are_one_or_none():
@@ -243,7 +243,7 @@ def test_two_near_deduplications_are_one_or_none():
         return {"document_minhash_deduplicator": arguments}
 
     plan = plan_of(by_characters(5, jaccard_threshold=0.9, num_permutations=512), by_characters(5))
-    assert plan.near_duplicates == NearDuplicates(0.7, 5, 512)
+    assert plan.near_duplicates == NearDuplicateSettings(0.7, 5, 512)
     assert refusal(by_characters(5), by_characters(6)) == (
         "document_minhash_deduplicator and document_minhash_deduplicator compare runs of 5 and of 6 characters, and "
         "near duplicates are found once; keep one of them"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
-Normalization = Literal["none", "spaces", "characters"]
+Normalization = Literal["text", "spaces", "characters"]
 
 # UTF-8 spells every other character without these bytes, so they can be deleted from it unseen.
 _ASCII_NON_CHARACTERS = (string.whitespace + string.digits + string.punctuation).encode()
@@ -46,7 +46,7 @@ def text_keys(texts: pa.Array, normalize: Normalization = "spaces") -> NDArray[n
     """Returns the MD5 digest of each normalized text.
 
     ======================  ===========================================================================================
-    ``none``                the text without the whitespace at its ends.  What Data-Juicer's ``document_deduplicator``
+    ``text``                the text without the whitespace at its ends.  What Data-Juicer's ``document_deduplicator``
                             hashes by default
     ``spaces``              see ``normalize_spaces``: case, width and spacing make no difference
     ``characters``          lower case, without whitespace, decimal digits and ASCII punctuation.  What Data-Juicer
@@ -105,7 +105,7 @@ def _only_characters(texts: pa.Array) -> Iterator[bytes]:
 
 
 _NORMALIZE: dict[str, Callable[[pa.Array], Iterator[bytes]]] = {
-    "none": lambda texts: (text.strip().encode() for text in _strings(texts)),
+    "text": lambda texts: (text.strip().encode() for text in _strings(texts)),
     "spaces": lambda texts: (text.encode() for text in normalize_spaces(texts)),
     "characters": _only_characters,
 }

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from doremi_mix.errors import ConfigError
+from doremi_mix.filters.exact_duplicates import Normalization
 from doremi_mix.filters.rules import RULES, rule_named
-
-Normalization = Literal["text", "spaces", "characters"]
-"""How exact deduplication compares: the text as it is; NFKC, case and white space folded; or letters alone."""
 
 MODEL_RULES = ("perplexity", "answer_perplexity", "instruction_following_difficulty")
 """Rules over what language models say; they see only rows that all other rules keep."""
@@ -60,7 +58,7 @@ class RuleSetting:
 
 
 @dataclass(frozen=True, slots=True)
-class NearDuplicates:
+class NearDuplicateSettings:
     """How near duplicates are found: MinHash over character shingles.
 
     Attributes:
@@ -122,7 +120,7 @@ class FilterPlan:
     exact_duplicates: Normalization | None = None
     rules: tuple[RuleSetting, ...] = ()
     foreign: tuple[ForeignOp, ...] = ()
-    near_duplicates: NearDuplicates | None = None
+    near_duplicates: NearDuplicateSettings | None = None
     diversity: Diversity | None = None
     notes: tuple[str, ...] = ()
 

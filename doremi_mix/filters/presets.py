@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from doremi_mix.filters.plan import Diversity, FilterPlan, NearDuplicates, RuleSetting
+from doremi_mix.filters.plan import Diversity, FilterPlan, NearDuplicateSettings, RuleSetting
 
 KE = "Ke-Data-Juicer, arXiv 2403.13233"
 REFINE = "Data-Juicer's refined Alpaca-CoT recipes"
@@ -36,7 +36,7 @@ PRESETS: Mapping[str, FilterPlan] = {
             RuleSetting("maximum_line_length", min=20, applies="other", source=REFINE),
             RuleSetting("flagged_words", max=0.017, source=REFINE),
         ),
-        near_duplicates=NearDuplicates(),
+        near_duplicates=NearDuplicateSettings(),
         notes=("the recipe removes near duplicates by SimHash; here it is MinHash at a similarity of 0.7",),
     ),
     "second_place": FilterPlan(

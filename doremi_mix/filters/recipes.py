@@ -28,7 +28,8 @@ from typing import Any
 
 from doremi_mix.errors import ConfigError
 from doremi_mix.filters.data_juicer import MISSING_DATA_JUICER, data_juicer_installed
-from doremi_mix.filters.plan import FilterPlan, ForeignOp, NearDuplicates, Normalization, RuleSetting
+from doremi_mix.filters.exact_duplicates import Normalization
+from doremi_mix.filters.plan import FilterPlan, ForeignOp, NearDuplicateSettings, RuleSetting
 from doremi_mix.filters.recipe_ops import (
     HOW_IT_RUNS,
     NOTES,
@@ -57,7 +58,7 @@ class _Reading:
     exact_duplicates: Normalization | None = None
     rules: list[RuleSetting] = field(default_factory=list)
     foreign: list[ForeignOp] = field(default_factory=list)
-    near_duplicates: NearDuplicates | None = None
+    near_duplicates: NearDuplicateSettings | None = None
     near_op: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -252,13 +253,13 @@ def _take_exact_duplicates(name: str, arguments: Mapping[str, Any], reading: _Re
 
 
 def _take_near_duplicates(name: str, arguments: Mapping[str, Any], reading: _Reading) -> None:
-    where, usual = reading.where, NearDuplicates()
+    where, usual = reading.where, NearDuplicateSettings()
     of_simhash = name == _SIMHASH
     window = int(_number(("window_size", 6 if of_simhash else 5), name, arguments, where) or 0)
     by_character = arguments.get("tokenization", "space") == "character"
     shingle_size = window if by_character else usual.shingle_size
     if of_simhash:
-        found = NearDuplicates(shingle_size=shingle_size)
+        found = NearDuplicateSettings(shingle_size=shingle_size)
     else:
         similarity = _number(("jaccard_threshold", 0.7), name, arguments, where) or 0.0
         num_permutations = int(_number(("num_permutations", 256), name, arguments, where) or 0)
@@ -266,7 +267,7 @@ def _take_near_duplicates(name: str, arguments: Mapping[str, Any], reading: _Rea
             raise ConfigError(f"{where}: jaccard_threshold of {name} must be above 0 and at most 1, got {similarity:g}")
         if not 16 <= num_permutations <= 1024:
             raise ConfigError(f"{where}: num_permutations of {name} must be 16 to 1024, got {num_permutations}")
-        found = NearDuplicates(similarity, shingle_size, num_permutations)
+        found = NearDuplicateSettings(similarity, shingle_size, num_permutations)
     _note(name, arguments, reading)
     if not by_character:
         unit = {"punctuation": "phrases", "sentencepiece": "pieces"}.get(arguments.get("tokenization", ""), "words")
@@ -283,7 +284,7 @@ def _take_near_duplicates(name: str, arguments: Mapping[str, Any], reading: _Rea
     _join_near_duplicates(name, found, reading)
 
 
-def _join_near_duplicates(name: str, found: NearDuplicates, reading: _Reading) -> None:
+def _join_near_duplicates(name: str, found: NearDuplicateSettings, reading: _Reading) -> None:
     """Puts a second near deduplication together with the first: there is one step."""
     earlier = reading.near_duplicates
     if earlier is None or (reading.near_op == _SIMHASH):
@@ -296,7 +297,7 @@ def _join_near_duplicates(name: str, found: NearDuplicates, reading: _Reading) -
             f"{found.shingle_size} characters, and near duplicates are found once; keep one of them"
         )
     else:
-        reading.near_duplicates = NearDuplicates(
+        reading.near_duplicates = NearDuplicateSettings(
             min(earlier.similarity, found.similarity),
             found.shingle_size,
             max(earlier.num_permutations, found.num_permutations),

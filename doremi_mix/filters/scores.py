@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from doremi_mix.filters.exact_duplicates import Normalization
 
 Scorer = Callable[["pa.RecordBatch"], Mapping[str, NDArray[Any]]]
 """Takes rows (columns as in load's files) and returns score columns, one value or one vector per row."""
@@ -57,8 +59,7 @@ def _make_text_scorer(_settings: Mapping[str, Any], columns: Sequence[str]) -> S
     def score(batch: pa.RecordBatch) -> dict[str, NDArray[Any]]:
         scores = score_texts(batch, others)
         for column in keys:
-            kind = column.removeprefix(TEXT_KEY)
-            scores[column] = text_keys(whole_texts(batch), "none" if kind == "text" else kind)  # type: ignore[arg-type]
+            scores[column] = text_keys(whole_texts(batch), cast("Normalization", column.removeprefix(TEXT_KEY)))
         return scores
 
     return score

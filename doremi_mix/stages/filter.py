@@ -8,7 +8,6 @@ value, detail), ``clusters/near_duplicates.parquet``, ``statistics.json`` (what 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -18,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from doremi_mix.errors import DataError, StageNotFinishedError
+from doremi_mix.errors import DataError
 from doremi_mix.executors import make_executor
 from doremi_mix.filter_steps import FilterWork, Ids, apply_steps
 from doremi_mix.filtering import analysis_requests, filter_plan
 from doremi_mix.filters.analysis import PROBABILITIES, describe_domain
 from doremi_mix.filters.funnel import KEPT, Funnel
-from doremi_mix.filters.scores import TEXTS
 from doremi_mix.row_statistics import describe_rows
-from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.run import write_json
 from doremi_mix.score_store import ScoreStore
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import REJECTIONS, loaded_path, read_summary
@@ -52,7 +50,7 @@ def run(context: StageContext) -> str:
     for note in notes:
         context.narrator.say(f"  note: {note}")
     apply_steps(work)
-    summary = {"loaded": loaded_fingerprint(context.run), "notes": notes} | summarize(work, read_summary(load_folder))
+    summary = {"loaded": store.loaded, "notes": notes} | summarize(work, read_summary(load_folder))
     _check_left(summary["domains"])
     with (
         context.narrator.track("write", len(store.domains), "domains") as tracker,
@@ -86,12 +84,6 @@ def summarize(work: FilterWork, loaded: list[dict[str, Any]]) -> dict[str, Any]:
         "domains": domains,
         **work.report,
     }
-
-
-def loaded_fingerprint(run: RunDirectory) -> str:
-    """Returns what tells one state of the loaded rows from another."""
-    manifest = run.manifest("load")
-    return "" if manifest is None else str(manifest["fingerprint"])
 
 
 def _check_left(domains: list[dict[str, Any]]) -> None:
@@ -233,56 +225,3 @@ def _describe_scores(work: FilterWork, masks: Sequence[NDArray[np.bool_]]) -> di
         name: describe_domain({column: values[i] for column, values in work.scores.items()}, masks[i], (), 0)
         for i, name in enumerate(work.store.domains)
     }
-
-
-def sample_rejections(
-    run: RunDirectory, rule: str | None, domain: str | None, number: int, seed: int
-) -> list[dict[str, Any]]:
-    """Draws rejected rows for a person to read.
-
-    Returns:
-        For each its ``id``, ``domain``, ``rule``, ``value``, ``detail`` and the ``text`` that was judged.
-
-    Raises:
-        StageNotFinishedError: nothing was filtered here.
-        DataError: the rule or domain rejected nothing.
-    """
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    command = f"doremi-mix filter --run-dir {shlex.quote(str(run.path))}"
-    if run.manifest("filter") is None:
-        raise StageNotFinishedError(f"filter has not finished in {run.path}; run: {command}")
-    if read_json(run.stage_path("filter") / "summary.json")["loaded"] != loaded_fingerprint(run):
-        raise StageNotFinishedError(f"filter in {run.path} is older than what was loaded; run: {command}")
-    table = pq.read_table(run.stage_path("filter") / f"{REJECTIONS}.parquet")
-    for key, wanted in (("rule", rule), ("domain", domain)):
-        if wanted is not None:
-            found = sorted(set(table.column(key).unique().to_pylist()))
-            if wanted not in found:
-                raise DataError(f"no rejected row has the {key} {wanted!r}; there are: {', '.join(found) or 'none'}")
-            table = table.filter(pc.equal(table.column(key), wanted))
-    order = np.sort(np.random.default_rng(seed).permutation(table.num_rows)[:number])
-    rows: list[dict[str, Any]] = table.take(order).to_pylist()
-    for row in rows:
-        row["text"] = _text_at(run.stage_path("load"), row["domain"], row["position"])
-    return rows
-
-
-def _text_at(load_folder: Path, domain: str, position: int) -> str:
-    """Reads the text of one row."""
-    import pyarrow.parquet as pq
-
-    from doremi_mix.filters.texts import example_texts
-
-    with pq.ParquetFile(loaded_path(load_folder, domain)) as file:
-        first = 0
-        for number in range(file.num_row_groups):
-            count = file.metadata.row_group(number).num_rows
-            if position < first + count:
-                rows = file.read_row_group(number, columns=list(TEXTS)).slice(position - first, 1)
-                return str(example_texts(rows.combine_chunks().to_batches()[0])[0])
-            first += count
-    raise DataError(
-        f"{loaded_path(load_folder, domain)}: has no row at {position}; run the load and filter stages again"
-    )
