@@ -295,7 +295,7 @@ def test_processes_come_to_what_one_comes_to(run_dir):
     for domain, (positions, keys) in read_parts(folder, "text_key@text").items():
         batch = pa.RecordBatch.from_pylist(rows_of(domain, SIZES[domain]), schema=SCHEMA)
         assert positions.tolist() == list(range(SIZES[domain]))
-        assert keys.tobytes() == text_keys(example_texts(batch), "none").tobytes()
+        assert keys.tobytes() == text_keys(example_texts(batch), "text").tobytes()
 
 
 def test_what_libraries_print_is_no_message(run_dir, worker):
