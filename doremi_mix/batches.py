@@ -1,7 +1,8 @@
 """Which sequences each training step sees: a pure function of (weights, seed, step).
 
-Axes: K domains, S steps, B sequences in a batch.  Group DRO's batches are stratified-uniform and the others are
-weighted; both are the same rule with other weights.  Nothing here depends on how many processes train.
+Axes: K domains, S steps (of ``EpochSchedule``: sequences), B sequences in a batch.  Group DRO's batches are
+stratified-uniform and the others are weighted; both are the same rule with other weights.  Nothing here depends on how
+many processes train.
 """
 
 from __future__ import annotations
@@ -112,6 +113,11 @@ class Schedule:
         self.seed = seed
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
 
+    @property
+    def smallest_batch(self) -> int:
+        """Sequences in the smallest batch: those of a fixed number of sequences in all differ by one."""
+        return int(self.counts_SK.sum(axis=1).min())
+
     def batch(self, step: int) -> NDArray[np.int64]:
         """Returns the sequence ids of a step, shape [B], in a shuffled order (so that micro-batches mix domains)."""
         parts = [
@@ -149,3 +155,64 @@ class Schedule:
             self._orders = {key: order for key, order in self._orders.items() if key[0] != domain_id}
             self._orders[domain_id, epoch] = rng.permutation(self.sequence_ids_by_domain[domain_id])
         return self._orders[domain_id, epoch]
+
+
+class EpochSchedule:
+    """Which sequences each step sees: epochs over all of them, each in a fresh order.
+
+    The epochs are laid end to end and cut into batches of ``batch_size``, so a batch may hold the end of one epoch and
+    the start of the next.  What is left at the end, less than a batch, stays out; but where there is not even one
+    batch, one smaller step takes everything.  (The Trainer of transformers cuts every epoch by itself and takes
+    epochs x floor(S / B) steps; here it is floor(epochs x S / B), so that fewer sequences stay out.)
+
+    A step is a pure function of (seed, step), so a resumed run, or one with more processes, sees the same sequences.
+
+    Attributes:
+        num_steps: of all epochs.
+        smallest_batch: sequences in the smallest batch.
+        num_left_out: draws at the end that no step takes.
+    """
+
+    def __init__(self, lengths_S: NDArray[np.integer], batch_size: int, num_epochs: int, seed: int) -> None:
+        """Plans a run.
+
+        Args:
+            lengths_S: tokens of each sequence, of which there is at least one.
+            batch_size: B, over all processes.
+            num_epochs: passes over all sequences.
+            seed: of the orders.
+        """
+        num_draws = len(lengths_S) * num_epochs
+        self.smallest_batch = min(batch_size, num_draws)
+        self.num_steps = num_draws // self.smallest_batch
+        self.num_left_out = num_draws - self.num_steps * self.smallest_batch
+        self._lengths_S = np.asarray(lengths_S)
+        self._seed = seed
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Returns the sequence ids of a step, shape [B], longest first; those of one length in the order drawn.
+
+        So micro-batches, which are equal parts in order, hold sequences of about one length and little padding, and
+        the first one needs the most memory.
+
+        Raises:
+            IndexError: there is no such step.
+        """
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"steps must be from 0 to {self.num_steps - 1}, got {step}")
+        draws_B = np.arange(step * self.smallest_batch, (step + 1) * self.smallest_batch)
+        epoch_B, position_B = np.divmod(draws_B, len(self._lengths_S))
+        epochs = range(int(epoch_B[0]), int(epoch_B[-1]) + 1)
+        orders = {epoch: self._order(epoch) for epoch in epochs}
+        self._orders = orders  # the next step mostly needs the same
+        ids_B = np.concatenate([orders[epoch][position_B[epoch_B == epoch]] for epoch in epochs])
+        return ids_B[np.argsort(-self._lengths_S[ids_B], kind="stable")]
+
+    def num_tokens(self, step: int) -> int:
+        """Returns the tokens of a step, without padding."""
+        return int(self._lengths_S[self.batch(step)].sum())
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        known = self._orders.get(epoch)
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._lengths_S)) if known is None else known

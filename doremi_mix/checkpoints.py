@@ -114,11 +114,17 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer, *, sharde
     options = StateDictOptions(full_state_dict=True, cpu_offload=sharded, ignore_frozen_params=True)
     # A head that is tied to frozen embeddings goes by a second name, which torch does not take for frozen.
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    weights = get_model_state_dict(model, options=options)
+    # Layers in 8 bits have state that torch cannot collect; what is trained is not in it.
+    weights = get_model_state_dict(model, options=options) if sharded else _parameters(model)
     return {
         "model": {name: tensor for name, tensor in weights.items() if name in trained},
         "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
     }
+
+
+def _parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters by every name that they go by."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
@@ -129,7 +135,9 @@ def whole_state(model: nn.Module) -> dict[str, Any]:
 def restore_training_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Takes back what ``training_state`` returned, also under another number of processes."""
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    set_model_state_dict(model, state["model"], options=options)
+    # Under FSDP, torch would take a tensor that several modules share for another one under each further name.
+    own = {name for name, _ in model.named_parameters()}
+    set_model_state_dict(model, {name: t for name, t in state["model"].items() if name in own}, options=options)
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 

@@ -113,6 +113,118 @@ def check_adapters(section: TrainingConfig, name: str) -> None:
         raise ModelError(f"{name}.lora_rank: LoRA needs peft; run: pip install 'doremi-mix[lora]'")
 
 
+def check_finetune(config: Config) -> None:
+    """Finds now what would otherwise stop stage finetune after the rest of the run.
+
+    Raises:
+        ConfigError: its settings contradict each other, or name a file that is not there.
+        ModelError: the main model is no path and no name of the hub, is no trained one, or a package is missing.
+    """
+    section = config.finetune
+    if section.model is None:
+        return
+    check_checkpoint_name(section.model, "finetune.model")
+    if find_spec("peft") is None:
+        raise ModelError("finetune: LoRA needs peft; run: pip install 'doremi-mix[lora]'")
+    if section.quantization != "none" and find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"finetune.quantization: {section.quantization} needs bitsandbytes; "
+            "run: pip install 'doremi-mix[quantized]'"
+        )
+    if section.quantization != "none" and section.shard:
+        raise ConfigError(
+            f"finetune.quantization is {section.quantization}, which finetune.shard cannot split over processes; leave "
+            "out one of the two"
+        )
+    if section.data is not None and not Path(section.data).is_file():
+        raise ConfigError(f"finetune.data: {section.data} does not exist; give a file of examples, or leave it out")
+    if section.data is None and config.mixture.token_budget is None:
+        raise ConfigError(
+            "finetune trains on the mixture, but mixture.token_budget is missing; give it, for example: "
+            "--set mixture.token_budget=1000000, or finetune.data"
+        )
+    targets = section.lora_target_modules
+    if section.lora_shared_input and (targets is None or not {"q_proj", "k_proj", "v_proj"} <= set(targets)):
+        raise ConfigError(
+            "finetune.lora_shared_input is for q_proj, k_proj and v_proj, but finetune.lora_target_modules is "
+            f"{'every layer' if targets is None else ', '.join(targets)}; name the three, or set it to false"
+        )
+
+
+def check_main_model(config: Config) -> None:
+    """Reads the main model's configuration and tokenizer, which takes a second; its weights come hours later.
+
+    Raises:
+        ModelError: they cannot be read, do not fit each other, or the layout is one that nothing loads any more.
+    """
+    section = config.finetune
+    if section.model is None:
+        return
+    from transformers import AutoConfig
+
+    from doremi_mix.errors import short_reason
+    from doremi_mix.tokenizer import load_tokenizer
+
+    name = section.model
+    raw = Path(name).expanduser() / "config.json"
+    if raw.is_file() and '"baichuan"' in raw.read_text(encoding="utf-8", errors="replace"):
+        raise ModelError(
+            f"finetune.model: {name} is Baichuan2 in its original layout, which current libraries cannot run; convert "
+            f"it first: doremi-mix baichuan convert {name} DST"
+        )
+    try:
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"finetune.model: {name}: its configuration cannot be read ({short_reason(error)}); give a checkpoint's "
+            "folder or hub name"
+        ) from None
+    tokenizer = load_tokenizer(section.tokenizer or name, trust_remote_code=section.trust_remote_code)
+    if tokenizer.vocab_size > settings.vocab_size:
+        raise ModelError(
+            f"finetune.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} tokens, but {name} has embeddings for "
+            f"{settings.vocab_size:,}; give the model's own tokenizer"
+        )
+
+
+def check_evaluate(config: Config) -> None:
+    """Finds now what would otherwise stop stage evaluate after the rest of the run.
+
+    Raises:
+        ConfigError: its settings contradict each other, or name a folder that is not there.
+        ModelError: a package is missing.
+    """
+    section = config.evaluate
+    if section.tasks and find_spec("lm_eval") is None:
+        raise ModelError("evaluate.tasks: benchmarks need lm-eval; run: pip install 'doremi-mix[evaluate]'")
+    for key in ("task_folder", "semi_final_task_folder"):
+        folder = getattr(section, key)
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"evaluate.{key}: {folder} is no folder; give one with task files of lm-eval")
+    if "contest" in section.tasks and len(section.tasks) > 1:
+        raise ConfigError("evaluate.tasks: contest stands for its seven tasks; give it alone, or tasks by name")
+    if section.semi_final_task_folder is not None and section.tasks != ("contest",):
+        raise ConfigError("evaluate.semi_final_task_folder is for evaluate.tasks=contest; leave it out")
+    if section.base_scores == "published" and (
+        section.tasks != ("contest",) or section.semi_final_task_folder is not None
+    ):
+        raise ConfigError(
+            "evaluate.base_scores is published, but scores were published for the contest's preliminary items only; "
+            "set it to measured, or evaluate.tasks to contest without semi_final_task_folder"
+        )
+    if config.finetune.model is not None and not section.tasks and section.held_out_examples == 0:
+        raise ConfigError(
+            "evaluate has nothing to do: evaluate.tasks is empty and evaluate.held_out_examples is 0; give one of them"
+        )
+
+
+def check_checkpoint_name(name: str, key: str) -> None:
+    """Raises ModelError for what is no folder or file that exists and no name of the hub, or starts from nothing."""
+    if name in PRESETS or is_config_only(name):
+        raise ModelError(f"{key}: {name} starts from random weights; give a trained checkpoint")
+    check_model_name(name, key)
+
+
 def check_model_name(name: str, key: str) -> None:
     """Raises ModelError for what is no preset, no path and no name of the hub."""
     if name.endswith(".gguf") and find_spec("gguf") is None:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from doremi_mix import __version__
-from doremi_mix.errors import ConfigError, DoremiMixError, RunDirectoryError, SchemaError
+from doremi_mix.cli_models import adapter, baichuan_app
+from doremi_mix.errors import ConfigError, RunDirectoryError, SchemaError
 from doremi_mix.presets import describe_presets
 from doremi_mix.stages import STAGES, Stage, command_of, stage_named
+from doremi_mix.terminal import errors_in_one_line, show
 
 if TYPE_CHECKING:
     from doremi_mix.pipeline import OpenRun
@@ -40,19 +42,6 @@ Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="proxies to tr
 Compare = Annotated[bool, typer.Option("--compare", help="also compare the learned mixture with plain ones")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check all inputs, print plan and estimate, write nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """Turns what the user can fix into one line on stderr and exit code 1; bugs keep their traceback."""
-    try:
-        yield
-    except DoremiMixError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _show_version(wanted: bool) -> None:
@@ -89,7 +78,7 @@ def learn(
     from doremi_mix.config_file import load_config_file
     from doremi_mix.pipeline import given_sources, settings_from
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         base = load_config_file(config) if config else {}
         base.pop("catalog", None)  # the files on the command line take the place of the config's
         given = settings_from({**base, **given_sources(paths, base)}, set_ or (), token_budget)
@@ -112,7 +101,7 @@ def run(
     from doremi_mix.config_file import load_config_file
     from doremi_mix.pipeline import settings_from
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         given = settings_from(load_config_file(config), set_ or (), token_budget)
         given = _with_options(given, seeds, compare=compare)
         _run_all(given, run_dir, where=str(config), dry_run=dry_run, as_json=as_json)
@@ -129,7 +118,7 @@ def init(
     from doremi_mix.sources import Source, open_source
     from doremi_mix.sources.files import domain_name, find_files
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if out.exists():
             raise RunDirectoryError(f"{out}: exists already; choose another --out or delete it")
         if not out.parent.is_dir():
@@ -158,7 +147,7 @@ def status(run_dir: RunDir, as_json: AsJson = False) -> None:
     from doremi_mix.run import RunDirectory
     from doremi_mix.stages import stage_states
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         directory = RunDirectory(run_dir)
         given = directory.describe()["given"]
         states = stage_states(resolve(given, directory)[0], directory)
@@ -178,7 +167,7 @@ def demo(run_dir: RunDir = Path("runs/demo"), as_json: AsJson = False) -> None:
     from doremi_mix.pipeline import announce, open_run
     from doremi_mix.stages import run_pipeline
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         corpus = run_dir.absolute().with_name(f"{run_dir.name}-corpus")
         processes = join_processes()
         if processes.is_main:
@@ -207,7 +196,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Trains small models on the learned mixture and on plain ones, and says whether it helps."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         entered = {}
         for entry in also or ():
             name, equals, path = entry.partition("=")
@@ -225,14 +214,14 @@ def compare(
 @app.command("filter")
 def filter_(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
     """Keeps the rows that pass: duplicates, rules, language models, diversity (filter.preset, filter.rules)."""
-    with _errors_in_one_line(), _opened_stage(stage_named("filter"), run_dir, config, set_) as opened:
+    with errors_in_one_line(), _opened_stage(stage_named("filter"), run_dir, config, set_) as opened:
         _print_rows(opened, "filter", as_json=as_json)
 
 
 @app.command()
 def analyze(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
     """Says what the loaded rows are like: lengths, languages, duplicates, quantiles of every score."""
-    with _errors_in_one_line(), _opened_stage(stage_named("analyze"), run_dir, config, set_) as opened:
+    with errors_in_one_line(), _opened_stage(stage_named("analyze"), run_dir, config, set_) as opened:
         _print_rows(opened, "analyze", as_json=as_json)
 
 
@@ -252,7 +241,7 @@ def rejections(
     from doremi_mix.run import RunDirectory
     from doremi_mix.stages import stage_states
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         directory = RunDirectory(run_dir)
         given = directory.describe()["given"]
         rows = sample_rejections(directory, rule, domain, number, seed)
@@ -261,7 +250,7 @@ def rejections(
         if as_json:
             print(json.dumps(rows, indent=2, ensure_ascii=False))
         elif rows:
-            _show(render_rejections(rows))
+            show(render_rejections(rows))
         else:
             print("nothing was rejected")
 
@@ -277,7 +266,7 @@ def rules(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([asdict(rule) for rule in RULES], indent=2))
     else:
-        _show(render_rules(RULES))
+        show(render_rules(RULES))
 
 
 @app.command()
@@ -289,8 +278,20 @@ def worker(
     from doremi_mix.executors import run_worker
     from doremi_mix.progress import Narrator
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         run_worker(run_dir, host, Narrator())
+
+
+@app.command()
+def evaluate(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
+    """Scores the main model before and after the fine-tune: held-out loss of each domain, benchmarks."""
+    with errors_in_one_line(), _opened_stage(stage_named("evaluate"), run_dir, config, set_) as opened:
+        if opened.processes.is_main:
+            _print_scores(opened.run, as_json=as_json)
+
+
+app.command()(adapter)
+app.add_typer(baichuan_app)
 
 
 def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
@@ -306,9 +307,9 @@ def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    _show(render_filter(result) if stage == "filter" else render_statistics(result))
+    show(render_filter(result) if stage == "filter" else render_statistics(result))
     if stage == "filter" and "overlap" in (after := read_json(folder / "statistics.json")["kept"]):
-        _show(render_statistics(after, "What was kept"))
+        show(render_statistics(after, "What was kept"))
     print(f"{stage}: {folder / name}")
     if stage == "filter" and any(step["rejected"] for step in result["steps"]):
         path = shlex.quote(str(opened.run.path))
@@ -317,7 +318,7 @@ def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
 
 def _stage_command(stage: Stage) -> Callable[..., None]:
     def command(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None) -> None:
-        with _errors_in_one_line(), _opened_stage(stage, run_dir, config, set_):
+        with errors_in_one_line(), _opened_stage(stage, run_dir, config, set_):
             pass
 
     command.__doc__ = f"Stage {stage.name}: {stage.summary}."
@@ -357,7 +358,7 @@ def _opened_stage(
 
 
 for _stage in STAGES:
-    if _stage.name not in ("analyze", "filter", "compare"):
+    if _stage.name not in ("analyze", "filter", "compare", "evaluate"):
         app.command(command_of(_stage.name))(_stage_command(_stage))
 
 
@@ -386,6 +387,7 @@ def _run_all(given: dict[str, Any], run_dir: Path, *, where: str, dry_run: bool,
 
 
 def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool) -> None:
+    from doremi_mix.checks import check_main_model
     from doremi_mix.pipeline import check_entered_weights, describe_plan, resolve
     from doremi_mix.progress import Narrator
     from doremi_mix.run import RunDirectory
@@ -394,6 +396,7 @@ def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool)
     config, hardware = resolve(given, RunDirectory(run_dir), where)
     check_entered_weights(config)
     peek_sources(config)
+    check_main_model(config)
     counts = check_sources(config, Narrator())
     plan = describe_plan(config, hardware)
     if as_json:
@@ -415,17 +418,6 @@ def _dry_run(given: dict[str, Any], run_dir: Path, where: str, *, as_json: bool)
     print("nothing was written; leave out --dry-run to run it")
 
 
-def _show(table: Any) -> None:
-    """Prints a table after an empty line, wider than a terminal's default where there is none."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # a log file has room
-    console.print()
-    console.print(table)
-
-
 def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     from doremi_mix.report.table import explain_shortfalls, render_table
     from doremi_mix.summary import describe_certainty, next_commands, summarize
@@ -434,7 +426,7 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
         return
-    _show(render_table(summary["domains"], "Domain weights (shares of tokens)"))
+    show(render_table(summary["domains"], "Domain weights (shares of tokens)"))
     for line in explain_shortfalls(summary["domains"]):
         print(line)
     losses = {stage: loss for stage, loss in summary["held_out_loss"].items() if loss is not None}
@@ -450,6 +442,8 @@ def _print_result(opened: OpenRun, *, as_json: bool) -> None:
     if summary["tokens"] is not None:
         print(f"tokens:  {summary['tokens']['drawn_tokens']:,} drawn of {summary['tokens']['token_budget']:,}")
     print(f"pictures: {'  '.join(summary['pictures'])}")
+    if opened.config.finetune.model is not None:
+        _print_scores(opened.run, as_json=False)
     print("next:")
     for command in next_commands(summary):
         print(f"  {command}")
@@ -464,7 +458,7 @@ def _print_comparison(directory: RunDirectory, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
         return
-    _show(render_comparison(results))
+    show(render_comparison(results))
     print(f"verdict: {results['verdict']}")
     if results["detectable_difference"]:
         smallest = max(results["detectable_difference"].values())
@@ -473,6 +467,27 @@ def _print_comparison(directory: RunDirectory, *, as_json: bool) -> None:
             "in five (noise of the seeds alone); --seeds N for more"
         )
     print(f"results: {folder / 'results.json'}  picture: {folder / 'comparison.png'}")
+
+
+def _print_scores(directory: RunDirectory, *, as_json: bool) -> None:
+    from doremi_mix.report.score_table import render_held_out, render_scores
+    from doremi_mix.run import read_json
+
+    path = directory.stage_path("evaluate") / "metrics.json"
+    metrics = read_json(path)
+    if as_json:
+        print(json.dumps(metrics, indent=2, ensure_ascii=False))
+        return
+    if metrics["held_out_loss"]:
+        average = "average over domains"
+        show(render_held_out({**metrics["held_out_loss"], average: metrics["held_out_loss_average"]}, average))
+    for name, scores in metrics["benchmarks"].items():
+        show(render_scores(scores, f"Benchmark scores, %, {name.replace('_', '-')}"))
+    if metrics["final"]:
+        error = metrics["final"]["standard_error"]
+        shown = "" if error is None else f" ± {error:.3f}"
+        print(f"final score: {metrics['final']['score']:.3f}{shown} (half of each round)")
+    print(f"scores: {path}")
 
 
 def _print_planted(directory: Any) -> None:

@@ -454,6 +454,143 @@ class MixtureConfig(Section):
     seed: Seed = Field(default=0, description="of the draw and of the order")
 
 
+class FinetuneConfig(Section):
+    """Stage finetune: LoRA over the main model, trained on the mixture.
+
+    Settings that are null are the preset's.  ``contest`` has the rules of the BetterMixture challenge, which left
+    learning rate, packing and quantization free; ``modern`` trains every linear layer on packed documents.
+    """
+
+    preset: Literal["contest", "modern"] = Field(default="contest", description="what is meant by null below")
+    model: str | None = Field(
+        default=None,
+        description="the main model, a checkpoint (folder or hub name; Baichuan2: what doremi-mix baichuan convert "
+        "wrote); null: no fine-tune",
+    )
+    trust_remote_code: bool = Field(
+        default=False, json_schema_extra=_NO_RESULT, description="let a hub model run its own code"
+    )
+    tokenizer: str | None = Field(default=None, description="null: the model's own")
+    data: str | None = Field(
+        default=None,
+        description="a file of examples to train on, in its order (.json, .jsonl or .parquet); null: the run's mixture",
+    )
+    token_budget: PositiveInt | None = Field(
+        default=None,
+        description="train on the first examples that fill it, counted once whatever the epochs; null: contest "
+        "10,000,000, modern all",
+    )
+    max_example_tokens: Annotated[int, Field(ge=8)] | None = Field(
+        default=None,
+        description="tokens at which an example is cut, question and answer in proportion, and the length of a packed "
+        "sequence (of blocks only that: they cut no example); null: tokenize.max_example_tokens, else contest 1,024, "
+        "modern 2,048",
+    )
+    packing: Literal["none", "documents", "blocks"] | None = Field(
+        default=None,
+        description="none: one example a sequence; documents: whole examples that do not see each other; blocks: cut "
+        "from all examples end to end, as the contest's trainer packs; null: contest none, modern documents",
+    )
+    epochs: PositiveInt = Field(default=3, description="passes over the examples")
+    batch_size: PositiveInt | None = Field(
+        default=None, description="sequences in a step, over all processes; null: contest 256, modern 64"
+    )
+    learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="peak, AdamW (the contest allowed 1e-3, 1e-4, 1e-5); null: contest 1e-3, modern 2e-4",
+    )
+    warmup_share: Share = Field(
+        default=0.03, description="share of the steps in which the learning rate rises; then cosine to 0"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="AdamW's, on matrices")
+    max_grad_norm: PositiveFloat = Field(default=1.0, description="gradients are clipped to this norm")
+    lora_rank: PositiveInt | None = Field(default=None, description="of the adapters; null: contest 8, modern 16")
+    lora_alpha: PositiveFloat | None = Field(
+        default=None, description="adapters are scaled by alpha / rank; null: contest 16, modern 32"
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="of what goes into an adapter; null: contest 0.1, modern 0.05"
+    )
+    lora_target_modules: tuple[str, ...] | None = Field(
+        default=None,
+        description="names of the layers that get adapters; null: contest q_proj, k_proj, v_proj, modern every linear "
+        "layer of the blocks",
+    )
+    lora_shared_input: bool | None = Field(
+        default=None,
+        description="one matrix A for q_proj, k_proj and v_proj, as where they are one layer (W_pack of Baichuan); "
+        "null: contest true, modern false",
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="hold the frozen weights in fewer bits (needs bitsandbytes)"
+    )
+    seed: Seed = Field(default=42, description="of the adapters' initialization, the dropout and the order of the data")
+    micro_batch_size: PositiveInt | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="sequences in a forward pass of a process; null: by the memory",
+    )
+    checkpoint_every: PositiveInt | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="steps between checkpoints; null: twenty checkpoints in all",
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="keep only the inputs of each block and compute the rest again: less memory, a third more time; "
+        "null: on a GPU",
+    )
+    shard: bool | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="FSDP: split the weights over the processes, for models too large for one; null: no",
+    )
+    compile: bool | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="torch.compile; null: no (batches differ in length, and each length is compiled anew)",
+    )
+
+
+class EvaluateConfig(Section):
+    """Stage evaluate: what the fine-tune changed, by held-out loss of every domain and, if wanted, by benchmarks."""
+
+    held_out_examples: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="held-out examples of each domain to score; 0: none"
+    )
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=(),
+        description="benchmarks, by lm-eval's names; contest: the seven of the BetterMixture challenge with its shots "
+        "and its score (needs doremi-mix[evaluate])",
+    )
+    task_folder: str | None = Field(
+        default=None, description="task files of lm-eval (YAML) that go before its own, for work without a connection"
+    )
+    semi_final_task_folder: str | None = Field(
+        default=None,
+        description="the same tasks with other items: scored too, and the final score is half of each",
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | dict[str, Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        description="worked examples before a question, one number or {task: number}; null: as the contest or the task "
+        "has it",
+    )
+    limit: PositiveInt | None = Field(default=100, description="items of a task at most; null: all")
+    max_length: Annotated[int, Field(ge=8)] = Field(default=1024, description="tokens that the model reads of a prompt")
+    batch_size: PositiveInt | None = Field(
+        default=None,
+        json_schema_extra=_NO_RESULT,
+        description="prompts in a forward pass; null: 8 on a GPU, else 1 (each holds the logits of all its tokens)",
+    )
+    base_scores: Literal["measured", "published"] = Field(
+        default="measured",
+        description="of the contest: divide by the scores of the main model without adapter, or by those that were "
+        "published for Baichuan2-7B-Base",
+    )
+    seed: Seed = Field(default=42, description="of the choice of shown examples")
+
+
 class TrackingConfig(Section):
     """Where training is logged besides metrics.jsonl."""
 
@@ -486,6 +623,8 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     compare: CompareConfig = CompareConfig()
     mixture: MixtureConfig = MixtureConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from doremi_mix.adapters import has_adapter_dropout, set_adapter_dropout
 from doremi_mix.attention import choose_attention
 from doremi_mix.errors import short_reason
 from doremi_mix.loss import select_loss_kernel
@@ -99,7 +100,11 @@ def prepare(
             compile_blocks(model)
         return _shard(model, accelerator)
     example = to_device(with_host_facts(example, model), accelerator.device)
+    drops = has_adapter_dropout(model)
+    # Compiled code draws masks of its own, which would hide whether the rest is the same.
+    set_adapter_dropout(model, on=False)
     _choose_compile(model, settings.compile, accelerator, example, num_passes, say)
+    set_adapter_dropout(model, on=drops)
     return accelerator.prepare(model)
 
 

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from doremi_mix.adapter_layers import allow_compiled_checkpointing, keep_gradients_of_quantized_layers
 from doremi_mix.adapters import (
     LoraSettings,
     active_adapter,
     add_adapter,
+    base_fingerprint,
     base_of,
+    has_adapter_dropout,
     is_adapter_folder,
     load_adapter,
     save_adapter,
@@ -35,6 +38,7 @@ from doremi_mix.errors import ModelError, short_reason
 from doremi_mix.fitness import check_behavior, check_size
 from doremi_mix.loss import LossKernel, linear_cross_entropy
 from doremi_mix.presets import PRESETS, is_config_only
+from doremi_mix.quantization import Quantization, quantized_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +127,12 @@ def build_model(
     lora: LoraSettings | None = None,
     adapter: str = "proxy",
     base_dtype: torch.dtype | None = None,
+    quantization: Quantization = "none",
 ) -> TokenLossModel:
     """Builds or loads a causal language model and checks that it keeps packed documents apart.
 
     The model is put into evaluation mode and trained there: dropout would make the losses that decide the domain
-    weights differ from the losses whose gradient they weight.
+    weights differ from the losses whose gradient they weight.  A fine-tune turns on that of its adapter alone.
 
     With ``lora``, the checkpoint's own weights are frozen and an adapter is what is trained.  The base is loaded once a
     process: a second adapter on the same base shares its memory (see ``forget_base``).  The adapter that was built
@@ -143,6 +148,7 @@ def build_model(
         lora: the form of the adapter; None to train all weights.
         adapter: what to call it.
         base_dtype: of the frozen weights under an adapter; None for float32.
+        quantization: holds these in fewer bits.
 
     Returns:
         The model in float32 on the CPU; with an adapter, wherever and in whatever format its base is.
@@ -170,7 +176,7 @@ def build_model(
             f"model {name}: starts from random weights, and an adapter is trained over trained ones; "
             "give a checkpoint, or leave lora_rank out"
         )
-    base = _load_base(name, base_dtype, trust_remote_code=trust_remote_code)
+    base = _load_base(name, base_dtype, trust_remote_code=trust_remote_code, quantization=quantization)
     check_size(base, name, tokens.vocab_size, context_length)
     add_adapter(base, adapter, lora, seed)
     return TokenLossModel(base, name, adapter)
@@ -183,6 +189,7 @@ def load_trained(
     adapter: str = "reference",
     base: str | None = None,
     base_dtype: torch.dtype | None = None,
+    quantization: Quantization = "none",
 ) -> TokenLossModel:
     """Loads a model that an earlier stage saved: all of it, or an adapter onto its base.
 
@@ -192,6 +199,7 @@ def load_trained(
         adapter: what to call the adapter, if it is one; the base is shared as in ``build_model``.
         base: what loads the weights under an adapter; None for where they were when it was saved.
         base_dtype: of these; None for float32.
+        quantization: holds these in fewer bits.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -201,8 +209,8 @@ def load_trained(
             model = _from_pretrained(str(folder), torch.float32, trust_remote_code=trust_remote_code)
         return TokenLossModel(model.eval(), str(folder))
     name = base or base_of(folder)
-    model = _load_base(name, base_dtype, trust_remote_code=trust_remote_code)
-    load_adapter(model, adapter, folder)
+    model = _load_base(name, base_dtype, trust_remote_code=trust_remote_code, quantization=quantization)
+    load_adapter(model, adapter, folder, fingerprint=base_fingerprint(name))
     return TokenLossModel(model, name, adapter)
 
 
@@ -218,7 +226,8 @@ def save_model(model: TokenLossModel, folder: Path, state: Mapping[str, Tensor] 
         state = {key.removeprefix("model."): tensor for key, tensor in state.items()}
     if model.adapter is not None:
         base = Path(model.name).expanduser()
-        save_adapter(model.model, model.adapter, folder, str(base.resolve()) if base.exists() else model.name, state)
+        place = str(base.resolve()) if base.exists() else model.name
+        save_adapter(model.model, model.adapter, folder, place, state, fingerprint=base_fingerprint(model.name))
         return
     if state is not None:
         # Tied weights are one tensor in the model, but several in a state that was gathered.
@@ -270,8 +279,9 @@ def enable_gradient_checkpointing(model: TokenLossModel) -> None:
             f"model {model.name}: {type(model.model).__name__} does not support gradient checkpointing; "
             "set gradient_checkpointing: false"
         )
+    is_random = has_adapter_dropout(model.model)
     for block in repeated:
-        block.forward = functools.partial(_checkpointed, block)
+        block.forward = functools.partial(_checkpointed, block, is_random)
 
 
 def disable_gradient_checkpointing(model: TokenLossModel) -> None:
@@ -289,6 +299,7 @@ def compile_blocks(model: TokenLossModel, backend: str | Callable[..., Any] = "i
         model: whose blocks are compiled when they are first called.
         backend: of torch.compile.
     """
+    allow_compiled_checkpointing()
     for block in blocks(model):
         block.compile(backend=backend)
 
@@ -313,15 +324,21 @@ _base: dict[tuple[Any, ...], TokenLossModel] = {}
 """The one base model under adapters, by what it was loaded from: stages in one process share its memory."""
 
 
-def _load_base(name: str, dtype: torch.dtype | None, *, trust_remote_code: bool) -> Any:
+def _load_base(
+    name: str, dtype: torch.dtype | None, *, trust_remote_code: bool, quantization: Quantization = "none"
+) -> Any:
     """Returns the frozen model under adapters, from memory where it is the same as last time."""
-    key = (*_identity(name), dtype or torch.float32, trust_remote_code)
+    key = (*_identity(name), dtype or torch.float32, trust_remote_code, quantization)
     # One that FSDP split over processes cannot be split again.
     if key not in _base or any(isinstance(parameter, DTensor) for parameter in _base[key].parameters()):
         forget_base()
         with _explained(name):
-            model = _from_pretrained(name, dtype or torch.float32, trust_remote_code=trust_remote_code)
+            model = _from_pretrained(
+                name, dtype or torch.float32, trust_remote_code=trust_remote_code, quantization=quantization
+            )
         wrapped = TokenLossModel(model.eval().requires_grad_(False), name)
+        # Before the first pass: one without gradient would leave them in a form that has none.
+        keep_gradients_of_quantized_layers(model)
         check_behavior(wrapped, name, 16)
         _base[key] = wrapped
     base = _base[key]
@@ -369,7 +386,9 @@ def _from_config(name: str, tokens: TokenInfo, context_length: int, *, trust_rem
     return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, *, trust_remote_code: bool) -> Any:
+def _from_pretrained(
+    name: str, dtype: torch.dtype, *, trust_remote_code: bool, quantization: Quantization = "none"
+) -> Any:
     """Loads a transformers model from a folder, a GGUF file or the hub.
 
     Raises:
@@ -381,20 +400,23 @@ def _from_pretrained(name: str, dtype: torch.dtype, *, trust_remote_code: bool) 
         raise ModelError(f"model {name}: is an adapter and not a whole model; give its base, {base}")
     load = transformers.AutoModelForCausalLM.from_pretrained
     if not name.endswith(".gguf"):
-        return load(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        options = quantized_options(quantization, name, dtype)
+        return load(name, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    if quantization != "none":
+        raise ModelError(f"model {name}: a GGUF file has its own quantization; leave finetune.quantization out")
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"model {name}: reading it needs the package gguf, which is not installed; "
             "run: pip install 'doremi-mix[gguf]'"
         )
     path = Path(name).expanduser()
-    options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
+    gguf_options: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):
         # Where it has kernels for them, transformers keeps quantized weights, which cannot be trained.
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        gguf_options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # It draws a progress bar of its own, and a run has one voice.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = load(str(path.parent), **options)
+        model = load(str(path.parent), **gguf_options)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         # The weights are plain now, and are saved as such.
@@ -402,12 +424,12 @@ def _from_pretrained(name: str, dtype: torch.dtype, *, trust_remote_code: bool) 
     return model
 
 
-def _checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(block: nn.Module, is_random: bool, *args: Any, **kwargs: Any) -> Any:
     forward = functools.partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    # There is no dropout, so no random state is worth keeping.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    # What was dropped must be dropped again; without dropout, no random state is worth keeping.
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=is_random, **kwargs)
 
 
 def _import_transformers() -> Any:

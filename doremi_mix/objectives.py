@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,22 +29,22 @@ class StepRecord(NamedTuple):
     Attributes:
         loss: that was minimized, nats per token.
         num_tokens: unmasked tokens of the effective batch.
-        trajectory: one line of ``trajectory.jsonl`` (see ``types.TrajectoryPoint``); None for plain training.
+        by_domain: numbers of each domain, one line of the objective's own log; None for plain training.
     """
 
     loss: float
     num_tokens: int
-    trajectory: dict[str, Any] | None = None
+    by_domain: dict[str, Any] | None = None
 
 
 class Objective(Protocol):
     """What a training step minimizes.
 
     Attributes:
-        has_trajectory: whether its records have a line for ``trajectory.jsonl``.
+        domain_log: the file that its numbers by domain go to; None where it has none.
     """
 
-    has_trajectory: bool
+    domain_log: str | None
 
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
         """Adds the gradient of one step; returns what to log, still on the device."""
@@ -65,7 +66,7 @@ class Objective(Protocol):
 class PlainObjective:
     """The mean loss over the unmasked tokens of the effective batch."""
 
-    has_trajectory = False
+    domain_log: str | None = None
 
     def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
         """Adds the gradient of one step; logs the sum of losses and the number of tokens."""
@@ -90,6 +91,64 @@ class PlainObjective:
 
     def restore(self, state: dict[str, Any]) -> None:
         """There is nothing to take back."""
+
+
+class FinetuneObjective:
+    """The mean loss over the unmasked tokens of the effective batch, with dropout, and the loss of each domain.
+
+    What is random in a step depends on (seed, step, process, micro-batch) alone, so that a resumed run goes on as if it
+    had never stopped.
+    """
+
+    domain_log: str | None = "domain_losses.jsonl"
+
+    def __init__(self, domains: Sequence[str], seed: int) -> None:
+        self.domains = domains
+        self.seed = seed
+        self.step = 0
+
+    def backward(self, model: Any, batches: Sequence[MicroBatch], accelerator: Any) -> Tensor:
+        """Adds the gradient of one step; logs the sum of losses and the number of tokens of each domain, [2, K]."""
+        num_tokens = accelerator.reduce(torch.stack([counted(batch).sum() for batch in batches]).sum(), "sum")
+        sums_2K = torch.zeros(2, len(self.domains), dtype=torch.float64, device=accelerator.device)
+        for number, (batch, sync) in enumerate(_with_sync(model, batches, accelerator)):
+            torch.manual_seed(_mixed_seed(self.seed, self.step, accelerator.process_index, number))
+            with sync:
+                loss_BT = forward(model, batch)
+                # A batch may be of padding and prompts alone, and of several processes one may have nothing to learn.
+                loss = loss_BT.sum() / num_tokens.clamp(min=1)
+                accelerator.backward(loss * accelerator.num_processes)
+            counted_BT = counted(batch)
+            domain_ids = batch["domain_ids_BT"][counted_BT]
+            sums_2K[0].index_add_(0, domain_ids, loss_BT.detach()[counted_BT].double())
+            sums_2K[1] += torch.bincount(domain_ids, minlength=len(self.domains))
+        self.step += 1
+        logged: Tensor = accelerator.reduce(sums_2K, "sum")
+        return logged
+
+    def record(self, step: int, logged: Tensor) -> StepRecord:
+        """Returns loss, tokens, and the loss of the domains that were in the step."""
+        sums, counts = logged.tolist()
+        present = [i for i, count in enumerate(counts) if count]
+        by_domain = {
+            "step": step,
+            "loss": {self.domains[i]: sums[i] / counts[i] for i in present},
+            "num_tokens": {self.domains[i]: int(counts[i]) for i in present},
+        }
+        return StepRecord(sum(sums) / max(1.0, sum(counts)), int(sum(counts)), by_domain)
+
+    def state(self) -> dict[str, Any]:
+        """Returns which step comes next."""
+        return {"step": self.step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes back what ``state`` returned."""
+        self.step = int(state["step"])
+
+
+def _mixed_seed(*numbers: int) -> int:
+    """Returns one seed for several numbers, of which no two lists give the same."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 class Learner(Protocol):
@@ -122,7 +181,8 @@ class ProxyObjective:
     the excess losses of the whole effective batch (a third more operations; memory stays that of one micro-batch).
     """
 
-    has_trajectory = True
+    domain_log: str | None = "trajectory.jsonl"
+    """One ``types.TrajectoryPoint`` a step."""
 
     def __init__(self, domains: Domains, learner: Learner) -> None:
         self.domains = domains

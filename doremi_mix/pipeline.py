@@ -13,8 +13,11 @@ from typing import Any
 from doremi_mix.checks import (
     check_adapters,
     check_compare,
+    check_evaluate,
     check_evidence,
+    check_finetune,
     check_headroom,
+    check_main_model,
     check_mixture_weights,
     check_model_name,
     check_proxy_batch,
@@ -172,6 +175,8 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     check_headroom(config)
     check_evidence(config)
     check_mixture_weights(config)
+    check_finetune(config)
+    check_evaluate(config)
     for section in ("reference", "proxy", "compare"):
         settings = getattr(config, section)
         parts = settings.gradient_accumulation_steps or 1
@@ -233,6 +238,7 @@ def open_run(
 
         peek_sources(config)
         check_filter_inputs(config, run)
+        check_main_model(config)
     # As it was understood: plain values, whatever the caller's types.
     given = parse_config(given).model_dump(mode="json", by_alias=True, exclude_unset=True)
     processes = join_processes()

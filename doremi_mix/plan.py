@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from doremi_mix.config import Config, TrainingConfig
+from doremi_mix.finetune_plan import choose_finetune
 from doremi_mix.presets import PRESETS, Preset, is_config_only
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ def choose(config: Config, num_domains: int, hardware: str) -> Config:
             "proxy": new_proxy,
             "weights": config.weights.model_copy(update={"shrink": shrink}),
             "compare": compare.model_copy(update=filled(compare, new_proxy, new_proxy) | own_batch | own_budget),
+            "finetune": choose_finetune(config, hardware),
         }
     )
 
@@ -253,23 +255,36 @@ def accumulation(section: TrainingConfig, context_length: int, num_processes: in
     if section.gradient_accumulation_steps is not None:
         return section.gradient_accumulation_steps
     assert section.batch_size is not None
-    wanted = math.ceil(section.batch_size * context_length / (_tokens_that_fit(section) * num_processes))
+    fitting = tokens_that_fit(
+        str(section.model),
+        adapters=section.lora_rank is not None,
+        gradient_checkpointing=bool(section.gradient_checkpointing),
+        trust_remote_code=section.trust_remote_code,
+    )
+    wanted = math.ceil(section.batch_size * context_length / (fitting * num_processes))
     return max(1, min(wanted, section.batch_size // num_processes))
 
 
-def _tokens_that_fit(section: TrainingConfig) -> int:
-    """Returns how many tokens one forward and backward pass may have, at most ``MICRO_BATCH_TOKENS``."""
+def tokens_that_fit(model: str, *, adapters: bool, gradient_checkpointing: bool, trust_remote_code: bool) -> int:
+    """Returns how many tokens one forward and backward pass may have, at most ``MICRO_BATCH_TOKENS``.
+
+    Args:
+        model: a preset, or what loads it.
+        adapters: whether adapters are what is trained.
+        gradient_checkpointing: whether blocks are computed again for the backward pass.
+        trust_remote_code: let a hub model run its own code.
+    """
     import torch
 
-    if not torch.cuda.is_available() or section.gradient_checkpointing:
+    if not torch.cuda.is_available() or gradient_checkpointing:
         return MICRO_BATCH_TOKENS
-    sizes = _sizes(str(section.model), trust_remote_code=section.trust_remote_code)
+    sizes = _sizes(model, trust_remote_code=trust_remote_code)
     if sizes is None:
         return UNKNOWN_MODEL_TOKENS
     num_layers, hidden_size, intermediate_size = sizes
     # What a Llama-like block keeps of a token for its gradient, in bytes, counted in a traced pass in bf16; adapters
     # keep their inputs, too.
-    per_token = num_layers * ((34 if section.lora_rank is None else 48) * hidden_size + 8 * intermediate_size)
+    per_token = num_layers * ((48 if adapters else 34) * hidden_size + 8 * intermediate_size)
     memory = torch.cuda.get_device_properties(0).total_memory
     return max(512, min(MICRO_BATCH_TOKENS, int(0.6 * memory / per_token)))
 

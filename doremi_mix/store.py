@@ -31,12 +31,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from doremi_mix.errors import DataError
 from doremi_mix.packing import pack, to_offsets
+from doremi_mix.token_files import LOSS_MASK, TOKENS, TokenFiles, ranges, token_type_of
 from doremi_mix.tokens import EncodedExamples
 from doremi_mix.types import Domains
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
-IGNORE_INDEX = -100
 
 
 class Batch(NamedTuple):
@@ -122,15 +122,15 @@ class TokenStoreWriter:
         """
         self._folder = folder
         self._domains = domains
-        self._token_type = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self._token_type = token_type_of(vocab_size)
         self._settings = {"context_length": context_length, "vocab_size": vocab_size, "pad_id": pad_id}
         self._context_length = context_length
         self._domain_id = 0
         self._num_tokens = 0
         self._num_documents = [0] * len(domains)
         self._num_truncated = [0] * len(domains)
-        self._tokens: BinaryIO = (folder / "tokens.bin").open("wb")
-        self._loss_mask: BinaryIO = (folder / "loss_mask.bin").open("wb")
+        self._tokens: BinaryIO = (folder / TOKENS).open("wb")
+        self._loss_mask: BinaryIO = (folder / LOSS_MASK).open("wb")
         self._document_offsets = ArrayWriter(folder / "document_offsets.npy", np.int64)
         self._document_offsets.append(np.zeros(1))  # where the first document starts
         self._example_tokens = ArrayWriter(folder / "example_tokens.npy", np.int64)
@@ -294,8 +294,7 @@ class TokenStore:
         self.example_tokens: NDArray[np.int64] = np.load(folder / "example_tokens.npy", mmap_mode="r")
         self.example_held_out: NDArray[np.bool_] = np.load(folder / "example_held_out.npy", mmap_mode="r")
         num_tokens = int(self.document_offsets[-1])
-        self._tokens = _map_file(folder / "tokens.bin", np.dtype(content["token_type"]), num_tokens)
-        self._loss_mask = _map_file(folder / "loss_mask.bin", np.dtype(np.uint8), num_tokens)
+        self._files = TokenFiles(folder, np.dtype(content["token_type"]), num_tokens, "tokenize again")
         counts = [summary[split]["sequences"] for split in SPLITS for summary in content["domains"]]
         self._first_sequences = to_offsets(np.array(counts))
         documents = [summary["train"]["documents"] + summary["held_out"]["documents"] for summary in content["domains"]]
@@ -345,50 +344,8 @@ class TokenStore:
             raise IndexError(f"sequence ids must be from 0 to {self.num_sequences() - 1}, got {sequence_ids}")
         first = self.sequence_offsets[sequence_ids]
         num_documents_B = self.sequence_offsets[sequence_ids + 1] - first
-        documents = self.sequence_documents[_ranges(first, num_documents_B)]
+        documents = self.sequence_documents[ranges(first, num_documents_B)]
         starts = self.document_offsets[documents]
         lengths = self.document_offsets[documents + 1] - starts
-        source = _ranges(starts, lengths)
-        ids = self._tokens[source].astype(np.int64)
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-        is_last = np.zeros(len(ids), dtype=bool)
-        is_last[np.cumsum(lengths) - 1] = True
-        # Position t predicts t + 1, if that is in the same document and its loss counts.
-        predicts = np.flatnonzero((self._loss_mask[source[1:]] == 1) & ~is_last[:-1])
-        labels[predicts] = ids[predicts + 1]
-
-        shape = (len(sequence_ids), self.context_length)
-        row = np.repeat(np.arange(len(sequence_ids)), num_documents_B)
-        first_in_row = np.repeat(np.cumsum(num_documents_B) - num_documents_B, num_documents_B)
-        before = np.cumsum(lengths) - lengths
-        target = _ranges(row * self.context_length + before - before[first_in_row], lengths)
-        document_in_row = np.arange(len(documents)) - first_in_row
-        return Batch(
-            input_ids_BT=_scattered(shape, target, ids, self.pad_id),
-            labels_BT=_scattered(shape, target, labels, IGNORE_INDEX),
-            position_ids_BT=_scattered(shape, target, _ranges(np.zeros_like(lengths), lengths), 0),
-            document_ids_BT=_scattered(shape, target, np.repeat(document_in_row, lengths), -1).astype(np.int32),
-            domain_ids_B=self.domain_ids(sequence_ids),
-        )
-
-
-def _map_file(path: Path, token_type: np.dtype[np.unsignedinteger], num_tokens: int) -> NDArray[np.unsignedinteger]:
-    expected, got = num_tokens * token_type.itemsize, path.stat().st_size
-    if got != expected:
-        raise DataError(f"{path}: the token store is damaged: expected {expected:,} bytes, got {got:,}; tokenize again")
-    mapped: NDArray[np.unsignedinteger] = np.memmap(path, dtype=token_type, mode="r")
-    return mapped
-
-
-def _ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns start, start + 1, ... of each range, one range after the other."""
-    before = to_offsets(lengths)
-    return np.arange(before[-1]) + np.repeat(starts - before[:-1], lengths)
-
-
-def _scattered(
-    shape: tuple[int, int], target: NDArray[np.int64], values: NDArray[np.int64], fill: int
-) -> NDArray[np.int64]:
-    array = np.full(shape, fill, dtype=np.int64)
-    array.ravel()[target] = values
-    return array
+        layout = self._files.lay_out(starts, lengths, num_documents_B, self.context_length, self.pad_id)
+        return Batch(*layout, domain_ids_B=self.domain_ids(sequence_ids))

@@ -35,6 +35,7 @@ class Template:
         turn: one user turn up to where the response starts; ``{query}`` stands for the instruction with its input.
         query_separator: between an instruction and its input; Stanford's Alpaca prompt has ``"\n\n### Input:\n"`` here.
         separator: before every turn, except where a turn is the first thing in the document.
+        before_lone_input: before an input that has no instruction, where the contest's trainer writes a line break.
 
     Raises:
         ConfigError: ``turn`` does not hold ``{query}`` exactly once.
@@ -44,6 +45,7 @@ class Template:
     turn: str
     query_separator: str = "\n"
     separator: str = "\n\n"
+    before_lone_input: str = ""
 
     def __post_init__(self) -> None:
         if self.turn.count(_QUERY) != 1:
@@ -58,6 +60,7 @@ CONTEST_TEMPLATE = Template(
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     ),
     turn="### Instruction:\n{query}\n\n### Response:\n",
+    before_lone_input="\n",
 )
 
 
@@ -99,6 +102,8 @@ def render(example: Example, template: Template) -> list[tuple[str, str]]:
     if example.instruction is None:
         return [("", example.output)]
     query = template.query_separator.join(part for part in (example.instruction, example.input) if part)
+    if example.input and not example.instruction:
+        query = template.before_lone_input + query
     before, after = template.turn.split(_QUERY)
     preamble = example.system or template.preamble
     opening = preamble + template.separator if preamble else ""
@@ -149,10 +154,11 @@ def truncate(encoded: EncodedExamples, limit: int, *, answers_first: bool = Fals
     Whole turns are kept from the start for as long as they fit.  When already the first turn does not fit, its p prompt
     tokens and its r response tokens (the end token among them) are cut in proportion, each keeping its start::
 
-        prompt   = floor(limit * p / (p + r))
-        response = floor(limit * r / (p + r))
+        response = max(1, floor(limit * r / (p + r)))
+        prompt   = limit - response
 
-    At least one token of a prompt and one of the response stay.  For a single turn this is the contest's rule.
+    So an example that is cut has ``limit`` tokens, and at least one of a prompt stays.  For a single turn this is the
+    contest's rule.
 
     Args:
         encoded: the examples.
@@ -183,10 +189,7 @@ def truncate(encoded: EncodedExamples, limit: int, *, answers_first: bool = Fals
         kept_R2[cut, 0], kept_R2[cut, 1] = np.minimum(prompts, limit - kept_responses), kept_responses
         return _keep(encoded, kept_R2)
     kept_responses = np.maximum(limit * responses // totals_R[cut], 1)
-    kept_prompts = np.minimum(np.maximum(limit * prompts // totals_R[cut], 1), prompts)
-    kept_responses = np.minimum(kept_responses, limit - kept_prompts)
-    kept_prompts = np.minimum(kept_prompts, limit - kept_responses)
-    kept_R2[cut, 0], kept_R2[cut, 1] = kept_prompts, kept_responses
+    kept_R2[cut, 0], kept_R2[cut, 1] = limit - kept_responses, kept_responses
     return _keep(encoded, kept_R2)
 
 

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import cut_log, load_checkpoint, open_writer, restore_training_state, training_state
 from doremi_mix.engine import EngineSettings, is_sharded, make_accelerator, pinned, prepare, to_device, with_host_facts
 from doremi_mix.errors import ConfigError, DivergedError
@@ -44,7 +43,6 @@ FLUSH_EVERY = 20
 READ_AHEAD = 3
 """Steps whose batches are read before they are needed."""
 METRICS = "metrics.jsonl"
-TRAJECTORY = "trajectory.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,8 @@ class TrainingPlan:
         gradient_accumulation_steps: micro-batches per process and step.
         checkpoint_every: steps between checkpoints.
         engine: how a step is run.
+        final_share: of the peak learning rate, at the end of the cosine.
+        betas: of AdamW.
     """
 
     stage: str
@@ -74,14 +74,30 @@ class TrainingPlan:
     checkpoint_every: int
     engine: EngineSettings = field(default_factory=EngineSettings)
     embedding_learning_rate: float | None = None
+    final_share: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def learning_rate_at(self, step: int) -> float:
-        """Returns the learning rate of a step (from 0): a linear rise, then a cosine down to a tenth."""
+        """Returns the learning rate of a step (from 0): a linear rise, then a cosine down to ``final_share``."""
         warmup = max(1, round(self.warmup_share * self.steps))
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
+
+
+class Schedule(Protocol):
+    """Which sequences each step sees."""
+
+    @property
+    def smallest_batch(self) -> int:
+        """Sequences in the smallest of its batches."""
+        ...
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Returns the sequence ids of a step, shape [B]; it is cut in order into equal micro-batches."""
+        ...
 
 
 class Trackers(Protocol):
@@ -106,11 +122,12 @@ def train(
     folder: Path,
     tracker: Tracker,
     open_trackers: Callable[[int], Any] | None = None,
+    num_tokens_at: Callable[[int], int] | None = None,
 ) -> Any:
     """Trains a model, resuming from the folder's checkpoint when there is one.
 
-    Writes ``metrics.jsonl`` (loss, learning rate, gradient norm and throughput of each step) and, for group DRO,
-    ``trajectory.jsonl``.
+    Writes ``metrics.jsonl`` (loss, learning rate, gradient norm and throughput of each step) and, where the objective
+    has numbers by domain, its own log of them.
 
     Args:
         model: a freshly built model; trained in place.
@@ -121,6 +138,7 @@ def train(
         folder: where checkpoint and logs live.
         tracker: counts the tokens.
         open_trackers: from the first step that will be logged to a context manager that gives ``Trackers``.
+        num_tokens_at: tokens of a step (from 0); None where all sequences are as long as the first batch's.
 
     Returns:
         The Accelerator, whose device holds the trained model.
@@ -139,10 +157,12 @@ def train(
         optimizer = _make_optimizer(model, plan)
         sharded = is_sharded(plan.engine, accelerator.num_processes)
         step = _restore(folder, model, optimizer, objective, accelerator)
-        tokens_per_step = batch_size * int(example["input_ids_BT"].shape[1])
-        tracker.resume_at(step * tokens_per_step)
+        if num_tokens_at is None:
+            tokens_per_step = batch_size * int(example["input_ids_BT"].shape[1])
+            num_tokens_at = lambda _step: tokens_per_step  # noqa: E731
+        tracker.resume_at(sum(map(num_tokens_at, range(step))))
         trackers = stack.enter_context(open_trackers(step)) if open_trackers and accelerator.is_main_process else None
-        log = _Log(folder, objective, plan, accelerator, tokens_per_step, step, trackers)
+        log = _Log(folder, objective, plan, accelerator, num_tokens_at, step, trackers)
         writer = stack.enter_context(open_writer(folder))
         interrupted = stack.enter_context(_interrupt_between_steps(accelerator))
         for batches in stack.enter_context(_read_ahead(schedule, read, plan, step, accelerator, model)):
@@ -159,7 +179,7 @@ def train(
             note = ""
             if checkpoint or log.num_pending >= FLUSH_EVERY or accelerator.device.type == "cpu":
                 note = f"loss {_flush(log, to_disk=checkpoint):.3f}"
-            tracker.advance(tokens_per_step, note)
+            tracker.advance(num_tokens_at(step - 1), note)
             if checkpoint:
                 # Every process has a part of a model that is split.
                 if sharded or accelerator.is_main_process:
@@ -178,8 +198,7 @@ def _num_parts(plan: TrainingPlan, accelerator: Any) -> int:
 
 
 def _checked_batch_size(schedule: Schedule, plan: TrainingPlan, accelerator: Any) -> int:
-    # Batches of a fixed number of sequences in all differ by one; the smallest must do.
-    batch_size = int(schedule.counts_SK.sum(axis=1).min())
+    batch_size = schedule.smallest_batch
     num_parts = _num_parts(plan, accelerator)
     if batch_size < num_parts:
         raise ConfigError(
@@ -199,7 +218,7 @@ def _make_optimizer(model: TokenLossModel, plan: TrainingPlan) -> torch.optim.Ad
         {"params": [p for p in parameters if id(p) in embeddings], "lr_factor": factor},
     ]
     groups = [{"lr_factor": 1.0, "weight_decay": plan.weight_decay, **group} for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=plan.betas, fused=True)
 
 
 def _restore(
@@ -213,8 +232,9 @@ def _restore(
         restore_training_state(model, optimizer, state)
         objective.restore(state["objective"])
     if accelerator.is_main_process:
-        for name in (METRICS, *([TRAJECTORY] if objective.has_trajectory else [])):
-            cut_log(folder / name, step)
+        for name in (METRICS, objective.domain_log):
+            if name is not None:
+                cut_log(folder / name, step)
     accelerator.wait_for_everyone()
     return step
 
@@ -228,7 +248,7 @@ class _Log:
         objective: Objective,
         plan: TrainingPlan,
         accelerator: Any,
-        tokens_per_step: int,
+        num_tokens_at: Callable[[int], int],
         step: int,
         trackers: Trackers | None,
     ) -> None:
@@ -236,7 +256,7 @@ class _Log:
         self.objective = objective
         self.plan = plan
         self.accelerator = accelerator
-        self.tokens_per_step = tokens_per_step
+        self.num_tokens_at = num_tokens_at
         self.step = step
         self.trackers = trackers
         self.diverged = ""
@@ -261,6 +281,8 @@ class _Log:
         norms = torch.stack(self._norms).tolist()
         now = time.perf_counter()
         seconds = (now - self._since) / len(norms)
+        tokens = sum(map(self.num_tokens_at, range(self.step, self.step + len(norms))))
+        tokens_per_second = round(tokens / (now - self._since), 1)
         self._since = now
         self._pending, self._norms = [], []
         result = []
@@ -281,7 +303,7 @@ class _Log:
                 "learning_rate": self.plan.learning_rate_at(self.step - 1),
                 "gradient_norm": norm,
                 "seconds": round(seconds, 6),
-                "tokens_per_second": round(self.tokens_per_step / seconds, 1),
+                "tokens_per_second": tokens_per_second,
             }
             result.append((record, metrics))
         return result
@@ -296,11 +318,11 @@ def _flush(log: _Log, *, to_disk: bool) -> float:
     taken = log.take()
     if log.accelerator.is_main_process:
         _append(log.folder / METRICS, [metrics for _, metrics in taken], to_disk=to_disk)
-        if log.objective.has_trajectory:
-            _append(log.folder / TRAJECTORY, [record.trajectory for record, _ in taken], to_disk=to_disk)
+        if log.objective.domain_log is not None:
+            _append(log.folder / log.objective.domain_log, [record.by_domain for record, _ in taken], to_disk=to_disk)
     if log.trackers is not None:
         for record, metrics in taken:
-            log.trackers.log(flatten({**metrics, **(record.trajectory or {})}), int(metrics["step"]))
+            log.trackers.log(flatten({**metrics, **(record.by_domain or {})}), int(metrics["step"]))
     if log.diverged:
         raise DivergedError(log.diverged)
     return taken[-1][0].loss
@@ -325,13 +347,12 @@ def _read_ahead(
 ) -> Iterator[Iterator[list[MicroBatch]]]:
     """Reads the next steps' micro-batches in a thread, into pinned memory, while the current step computes."""
     num_parts = _num_parts(plan, accelerator)
-    first_part = accelerator.process_index * plan.gradient_accumulation_steps
 
     def micro_batches(step: int) -> list[MicroBatch]:
         parts = np.array_split(schedule.batch(step), num_parts)
+        # In turn, so that where long sequences come first, no process gets all of them.
         mine = [
-            with_host_facts(read(part), model)
-            for part in parts[first_part : first_part + plan.gradient_accumulation_steps]
+            with_host_facts(read(part), model) for part in parts[accelerator.process_index :: accelerator.num_processes]
         ]
         if accelerator.device.type == "cuda":
             mine = [{name: pinned(tensor) for name, tensor in batch.items()} for batch in mine]

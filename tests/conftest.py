@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 # Tests run side by side; more threads than cores make everything slower, and one thread makes sums repeatable.
@@ -96,3 +97,64 @@ def shared_data():
     if not root.is_dir():
         pytest.skip("the real data are not beside this checkout (set DOREMI_MIX_SHARED)")
     return root
+
+
+@pytest.fixture(scope="session")
+def main_model(tmp_path_factory):
+    """A folder with a small random Baichuan2 in Llama layout, with its tokenizer: the main model of a fine-tune."""
+    from tiny_baichuan import write_tiny_baichuan
+
+    from doremi_mix.baichuan.convert import convert
+
+    folder = tmp_path_factory.mktemp("main")
+    convert(write_tiny_baichuan(folder / "original"), folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def finetune_settings(corpus, small_settings, main_model):
+    """Settings of a run that ends in a fine-tune of ``main_model``."""
+    files = [{"path": str(corpus / f"{name}.json")} for name in ("fruit", "metal", "水")]
+    return {
+        **small_settings,
+        "sources": files,
+        "tokenize": {"tokenizer": str(main_model), "context_length": 64, "max_example_tokens": 96},
+        "mixture": {"token_budget": 6_000},
+        "finetune": {"model": str(main_model), "batch_size": 8, "learning_rate": 0.02, "checkpoint_every": 5},
+        "evaluate": {"held_out_examples": 4},
+    }
+
+
+@pytest.fixture(scope="session")
+def drawn(finetune_settings, tmp_path_factory):
+    """A run with a mixture and nothing trained on it yet; read only."""
+    from doremi_mix.pipeline import open_run
+    from doremi_mix.stages import run_pipeline
+
+    run_dir = tmp_path_factory.mktemp("drawn") / "run"
+    with open_run(run_dir, {**finetune_settings, "finetune": {}}, quiet=True) as opened:
+        run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def tuned(drawn, finetune_settings, tmp_path_factory):
+    """The folder of stage finetune of a run that has come so far; read only."""
+    return finetune(drawn, tmp_path_factory.mktemp("tuned") / "run", finetune_settings)
+
+
+def changed(settings, **given):
+    """Settings with others of the fine-tune."""
+    return {**settings, "finetune": {**settings["finetune"], **given}}
+
+
+def finetune(drawn, folder, settings, stage="finetune"):
+    """Runs a stage of a copy of a run; returns the stage's folder."""
+    from doremi_mix.pipeline import open_run
+    from doremi_mix.stages import run_alone, stage_named
+
+    if not folder.exists():
+        shutil.copytree(drawn, folder)
+    with open_run(folder, settings, quiet=True, needs_sources=False) as opened:
+        run_alone(stage_named(stage), opened.config, opened.run, opened.narrator, opened.processes)
+    return folder / stage

@@ -1,27 +1,49 @@
-"""Reference and proxy as two adapters of one base: they share its memory and nothing else."""
+"""Reference and proxy as two adapters of one base: they share its memory and nothing else.
 
+And the adapter of a fine-tune: one matrix A for q, k and v is the one of a fused projection, dropout and all.
+"""
+
+import copy
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from baichuan_reference import ReferenceBaichuan2
 from test_attention import varlen_2_13
 from test_models import losses_and_gradients, packed, small_model
+from tiny_baichuan import random_weights, vendor_config
 
 from doremi_mix import adapters, attention, models
+from doremi_mix.adapter_layers import (
+    SharedProjection,
+    allow_compiled_checkpointing,
+    keep_gradients_of_quantized_layers,
+)
 from doremi_mix.adapters import (
     LoraSettings,
     activate_adapter,
     active_adapter,
     adapter_names,
+    adapters_disabled,
+    add_adapter,
+    base_fingerprint,
+    has_adapter_dropout,
+    load_adapter,
     num_trainable_parameters,
     remove_adapter,
+    save_adapter,
+    set_adapter_dropout,
 )
+from doremi_mix.checkpoints import restore_training_state, training_state
 from doremi_mix.errors import ModelError
 from doremi_mix.models import (
     TokenInfo,
+    TokenLossModel,
     build_model,
     compile_blocks,
     enable_gradient_checkpointing,
@@ -33,6 +55,8 @@ from doremi_mix.models import (
 
 TOKENS = TokenInfo(vocab_size=50, end_id=1, pad_id=0)
 LORA = LoraSettings(rank=4, alpha=8)
+QKV = ("q_proj", "k_proj", "v_proj")
+SHARED = LoraSettings(rank=4, alpha=8, target_modules=(*QKV, "o_proj", "up_proj"), dropout=0.3, shared_input=QKV)
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +283,313 @@ def test_a_base_in_bf16_has_adapters_in_float32(checkpoint):
     assert losses(model).sum() < before.sum() - 0.5
 
 
+# --- one matrix A for several layers, and dropout ---
+
+
+def fill(model, seed=3):
+    """Gives the second matrices values, without which no adapter does anything."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, tensor in model.named_parameters():
+        if ".lora_B." in key:
+            tensor.data.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+    return model
+
+
+def shared_model(settings=SHARED, dtype=torch.float32, dropout=True):
+    model = small_model().to(dtype).requires_grad_(False)
+    add_adapter(model, "proxy", settings, 0)
+    set_adapter_dropout(model, on=dropout)
+    return TokenLossModel(fill(model), "base", "proxy")
+
+
+def shared_modules(model):
+    return [module for module in model.modules() if isinstance(module, SharedProjection)]
+
+
+def step(model, seed=5, autocast=False):
+    """Losses and gradients of a step whose random numbers start from a seed."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(*packed(5, 7, 3))
+    loss.sum().backward()
+    return [loss.detach(), *(tensor.grad.clone() for tensor in model.parameters() if tensor.requires_grad)]
+
+
+def all_equal(ones, others):
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def baichuan_pair(dtype="float32"):
+    """The reference model in its own layout, and the same in Llama's."""
+    config = vendor_config(50, 32, 88, 2, 2, dtype)
+    weights = {key: tensor for key, tensor in random_weights(config) if "inv_freq" not in key}
+    reference = ReferenceBaichuan2(config).eval().requires_grad_(False)
+    reference.load_state_dict(weights)
+    shape = {key: config[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "rms_norm_eps")}
+    layers = {key: config[key] for key in ("num_hidden_layers", "num_attention_heads", "tie_word_embeddings")}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **layers)).eval().requires_grad_(False)
+    split = {}
+    for key, tensor in weights.items():
+        if "W_pack" in key:
+            split |= {key.replace("W_pack", end): part for end, part in zip(QKV, tensor.chunk(3), strict=True)}
+        else:
+            split[key] = torch.nn.functional.normalize(tensor, dim=1) if key == "lm_head.weight" else tensor
+    llama.load_state_dict(split)
+    return reference, llama
+
+
+def test_a_shared_matrix_is_that_of_a_fused_projection():
+    """The oracle is peft's own LoRA on W_pack of the model as it was published, with the same random numbers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    reference, llama = baichuan_pair()
+    ids = torch.randint(0, 50, (3, 16), generator=torch.Generator().manual_seed(1))
+    config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["W_pack"])
+    inject_adapter_in_model(config, reference, "default")
+    add_adapter(llama, "tuned", LoraSettings(8, 16, QKV, 0.1, QKV), seed=0)
+    fill(reference)
+    pairs = []
+    for theirs, ours in zip(reference.model.layers, llama.model.layers, strict=True):
+        packed_b = theirs.self_attn.W_pack.lora_B.default.weight
+        mine = [getattr(ours.self_attn, end) for end in QKV]
+        for layer, part in zip(mine, packed_b.chunk(3), strict=True):
+            layer.lora_B.tuned.weight.data.copy_(part)
+        theirs.self_attn.W_pack.lora_A.default.weight.data.copy_(mine[0].lora_A.tuned.weight)
+        pairs.append((theirs.self_attn.W_pack, mine))
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+
+    def logits(call):
+        torch.manual_seed(7)
+        return call()
+
+    set_adapter_dropout(llama, on=True)
+    expected, found = logits(lambda: reference(ids)), logits(lambda: llama(ids).logits)
+    assert torch.allclose(found, expected, atol=1e-6)
+    expected.logsumexp(-1).sum().backward()
+    found.logsumexp(-1).sum().backward()
+    for theirs, mine in pairs:
+        gradients = [
+            (theirs.lora_A.default.weight.grad, mine[0].lora_A.tuned.weight.grad),
+            (theirs.lora_B.default.weight.grad, torch.cat([layer.lora_B.tuned.weight.grad for layer in mine])),
+        ]
+        assert all(torch.allclose(ours, one, atol=1e-5 * float(one.abs().max())) for one, ours in gradients)
+    set_adapter_dropout(llama, on=False)
+    assert not torch.allclose(llama(ids).logits, found, atol=1e-3)
+
+
+def test_the_contest_form_trains_4_194_304_parameters_at_7b_shape():
+    config = transformers.LlamaConfig(
+        vocab_size=125_696, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    add_adapter(model, "tuned", LoraSettings(8, 16, QKV, 0.1, QKV), seed=0)
+    assert num_trainable_parameters(model) == 4_194_304
+    remove_adapter(model, "tuned")
+    add_adapter(model, "tuned", LoraSettings(8, 16, QKV, 0.1), seed=0)
+    assert num_trainable_parameters(model) == 6_291_456
+
+
+def test_a_shared_matrix_is_one_parameter():
+    model = shared_model()
+    attention_module = model.model.model.layers[1].self_attn
+    assert attention_module.q_proj.lora_A.proxy.weight is attention_module.v_proj.lora_A.proxy.weight
+    assert attention_module.q_proj.lora_A.proxy.weight is not attention_module.o_proj.lora_A.proxy.weight
+    names = [key for key, tensor in model.named_parameters() if tensor.requires_grad and ".1.self_attn." in key]
+    assert [key.split("self_attn.")[1] for key in names] == [
+        *("q_proj.lora_A.proxy.weight", "q_proj.lora_B.proxy.weight", "k_proj.lora_B.proxy.weight"),
+        *("v_proj.lora_B.proxy.weight", "o_proj.lora_A.proxy.weight", "o_proj.lora_B.proxy.weight"),
+    ]
+    assert num_parameters(model) == num_parameters(TokenLossModel(small_model())) + num_trainable_parameters(model)
+    tied = copy.deepcopy(model).model.model.layers[0].self_attn
+    assert tied.q_proj.lora_A.proxy is tied.k_proj.lora_A.proxy
+    model.to(torch.float64)
+    assert attention_module.k_proj.lora_A.proxy.weight is attention_module.v_proj.lora_A.proxy.weight
+
+
+def switched_on(model):
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.training]
+
+
+def test_dropout_is_off_until_it_is_switched_on(llama):
+    model = TokenLossModel(fill(build(llama, lora=SHARED).model), "base", "proxy")
+    other = build(llama, "other", lora=SHARED)
+    activate_adapter(model.model, "proxy")
+    plain = losses(model)
+    assert not has_adapter_dropout(model)
+    set_adapter_dropout(model, on=True)
+    assert has_adapter_dropout(model)
+    assert not torch.allclose(losses(model), plain, atol=1e-3)
+    assert len(switched_on(model)) == 2 * 3  # q, k and v have one together, o and up have their own
+    assert all("proxy" in name for name in switched_on(model))
+    model.eval()
+    assert torch.equal(losses(model), plain)
+    set_adapter_dropout(model, on=True)
+    set_adapter_dropout(model, on=False)
+    assert torch.equal(losses(model), plain)
+    activate_adapter(other.model, "other")
+    set_adapter_dropout(model, on=True)
+    assert len(switched_on(model)) == 2 * 3
+    assert all("other" in name for name in switched_on(model))
+
+
+def test_the_bases_own_dropout_stays_off(tmp_path):
+    small_model("gpt2").save_pretrained(tmp_path / "base")
+    model = build(tmp_path / "base")
+    assert model.model.config.resid_pdrop > 0
+    plain = losses(model)
+    set_adapter_dropout(model, on=True)
+    assert torch.equal(losses(model), plain)
+    assert not has_adapter_dropout(model)
+
+
+def test_an_adapter_with_dropout_is_trained_the_same_with_and_without_checkpointing():
+    def trained(*, checkpointing, autocast):
+        model = shared_model(dtype=torch.bfloat16 if autocast else torch.float32)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        optimizer = torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad], lr=0.01)
+        for number in range(3):
+            step(model, number, autocast)
+            optimizer.step()
+        return [tensor for tensor in model.parameters() if tensor.requires_grad]
+
+    for autocast in (False, True):
+        plain = trained(checkpointing=False, autocast=autocast)
+        assert all_equal(plain, trained(checkpointing=False, autocast=autocast))
+        assert all_equal(plain, trained(checkpointing=True, autocast=autocast))
+    assert not all_equal(step(shared_model(), 5), step(shared_model(), 6))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_nothing_is_kept_after_a_pass(early):
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+
+    model = shared_model()
+    enable_gradient_checkpointing(model)
+    with set_checkpoint_early_stop(early):
+        step(model)
+    assert len(shared_modules(model)) == 2
+    assert all(module._kept is None and not module._is_open for module in shared_modules(model))
+    model.model.model.layers[0].self_attn.v_proj.forward = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        losses(model)
+    assert all(module._kept is None and not module._is_open for module in shared_modules(model))
+
+
+def test_a_fused_mask_takes_the_memory_of_one():
+    def kept(settings):
+        sizes = {}
+
+        def keep(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = shared_model(settings)(*packed(5, 7, 3)).sum()
+        del loss
+        return sum(sizes.values())
+
+    alone = LoraSettings(4, 8, QKV, 0.3)
+    input_bytes, mask_bytes = 16 * 16 * 4, 16 * 16
+    saved = kept(alone) - kept(LoraSettings(4, 8, QKV, 0.3, QKV))
+    assert saved >= 2 * 2 * (input_bytes + mask_bytes)  # in two layers, two of three inputs and masks
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler looks at it
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_layers_compile(checkpointing):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    expected = step(shared_model())
+    model = shared_model()
+    if checkpointing:
+        enable_gradient_checkpointing(model)
+        allow_compiled_checkpointing()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(model, backend=counter)
+    found = step(model)
+    torch._dynamo.reset()
+    assert 1 <= counter.frame_count <= 2
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(expected, found, strict=True))
+
+
+def test_a_layer_by_itself_gives_the_same():
+    model = shared_model(dropout=False).model.model.layers[0].self_attn
+    hidden = torch.randn(1, 3, 16)
+    first = model.k_proj(hidden)
+    assert torch.equal(model.k_proj(hidden.clone()), first)
+    assert not torch.equal(model.q_proj(hidden), first)
+
+
+def test_layers_that_read_different_inputs_are_told():
+    model = shared_model()
+    layer = model.model.model.layers[0].self_attn.v_proj
+    layer.register_forward_pre_hook(lambda _module, inputs: (inputs[0].clone(),))
+    with pytest.raises(RuntimeError, match=r"^layers that share a LoRA matrix A read different inputs"):
+        model(*packed(5, 7, 3))
+
+
+def test_a_restored_training_goes_on_with_a_shared_matrix():
+    def start():
+        model = shared_model()
+        return model, torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad], lr=0.01)
+
+    def advance(model, optimizer, numbers):
+        for number in numbers:
+            step(model, number)
+            optimizer.step()
+
+    model, optimizer = start()
+    advance(model, optimizer, range(2))
+    state = copy.deepcopy(training_state(model, optimizer, sharded=False))
+    advance(model, optimizer, range(2, 4))
+    other, other_optimizer = start()
+    advance(other, other_optimizer, range(7, 8))
+    restore_training_state(other, other_optimizer, state)
+    advance(other, other_optimizer, range(2, 4))
+    assert equal(tensors(model), tensors(other))
+    assert len(optimizer.param_groups[0]["params"]) == 2 * (1 + 3 + 2 + 2)
+
+
+def test_a_base_is_computed_in_place(checkpoint):
+    expected = losses(build_model(str(checkpoint), TOKENS, 16, seed=0))
+    model = build(checkpoint)
+    with adapters_disabled(model.model):
+        assert torch.equal(losses(model), expected)
+    train(model)
+    tuned, trained = losses(model), {key for key, tensor in model.named_parameters() if tensor.requires_grad}
+    assert not torch.allclose(tuned, expected, atol=1e-3)
+    with adapters_disabled(model.model):
+        assert torch.equal(losses(model), expected)
+        with adapters_disabled(model.model):
+            assert torch.equal(losses(model), expected)
+        assert torch.equal(losses(model), expected)
+        assert num_trainable_parameters(model) == 0
+    assert torch.equal(losses(model), tuned)
+    with pytest.raises(ZeroDivisionError), adapters_disabled(model.model):
+        1 / 0  # noqa: B018
+    assert torch.equal(losses(model), tuned)
+    assert {key for key, tensor in model.named_parameters() if tensor.requires_grad} == trained
+    model.requires_grad_(False)
+    with adapters_disabled(model.model):
+        pass
+    assert num_trainable_parameters(model) == 0
+
+
+def test_quantized_layers_alone_are_in_training_mode():
+    class Linear4bit(torch.nn.Linear):
+        __module__ = "bitsandbytes.nn.modules"
+
+    model = torch.nn.Sequential(Linear4bit(2, 2), torch.nn.Linear(2, 2), torch.nn.Dropout()).eval()
+    keep_gradients_of_quantized_layers(model)
+    assert [module.training for module in model] == [True, False, False]
+
+
 # --- on disk ---
 
 
@@ -268,7 +599,7 @@ def test_what_is_saved_gives_the_same_losses_on_a_fresh_base(checkpoint, tmp_pat
     expected = losses(model)
     save_model(model, tmp_path / "saved")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors")
+        *("adapter_config.json", "adapter_model.safetensors", "doremi_mix_adapter.json")
     ]
     in_place = load_trained(tmp_path / "saved", adapter="reference")
     assert in_place.model is model.model
@@ -280,7 +611,7 @@ def test_what_is_saved_gives_the_same_losses_on_a_fresh_base(checkpoint, tmp_pat
     assert fresh.adapter == "reference"
     assert torch.equal(losses(fresh), expected)
     save_model(fresh, tmp_path / "again")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "doremi_mix_adapter.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
 
 
@@ -314,6 +645,101 @@ def test_a_gathered_state_is_saved_in_the_models_place(llama, tmp_path):
     assert torch.equal(losses(load_trained(tmp_path / "saved")), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks transformers in an old way
+def test_what_layers_share_is_saved_for_each_of_them(llama, tmp_path):
+    import peft
+    from safetensors.torch import load_file, save_file
+
+    model = build(llama, lora=SHARED)
+    fill(model.model)
+    expected, num_trained = losses(model), num_trainable_parameters(model)
+    save_model(model, tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.self_attn.{}.lora_A.weight"
+    assert all(torch.equal(saved[key.format(end)], saved[key.format("q_proj")]) for end in QKV)
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 8, 0.3)
+    assert config["target_modules"] == ["k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    record = json.loads((tmp_path / "saved" / "doremi_mix_adapter.json").read_text())
+    assert record == {"base_fingerprint": base_fingerprint(str(llama)), "shared_input": ["k_proj", "q_proj", "v_proj"]}
+
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(llama), tmp_path / "saved"
+    ).eval()
+    ids = packed(16)[0]
+    with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=ids).logits, model.model(input_ids=ids).logits, atol=1e-6)
+
+    again = load_trained(tmp_path / "saved", adapter="again")
+    assert torch.equal(losses(again), expected)
+    assert num_trainable_parameters(again) == num_trained
+    assert len(shared_modules(again)) == 2 * 2
+    save_model(again, tmp_path / "again")
+    for path in (tmp_path / "saved").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+    saved[key.format("v_proj")] += 1  # trained by another program since
+    save_file(saved, tmp_path / "saved" / "adapter_model.safetensors")
+    apart = load_trained(tmp_path / "saved", adapter="again")
+    assert num_trainable_parameters(apart) == num_trained + 2 * 2 * 4 * 16
+    assert not torch.equal(losses(apart), expected)
+
+
+def test_an_adapter_that_needs_no_record_has_none(llama, tmp_path):
+    model = build(llama)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "doremi_mix_adapter.json").write_text("{}")
+    save_adapter(model.model, "proxy", tmp_path / "saved", "base")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors")
+    ]
+    load_adapter(model.model, "again", tmp_path / "saved", fingerprint="0" * 64)
+
+
+def test_a_fingerprint_tells_bases_of_one_shape_apart(llama, tmp_path):
+    mark = base_fingerprint(str(llama))
+    assert len(mark) == 64
+    moved = tmp_path / "moved"
+    shutil.copytree(llama, moved)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "transformers_version": "9", "use_cache": False}))
+    (moved / "tokenizer.json").write_text("{}")
+    assert base_fingerprint(str(moved)) == mark
+    (moved / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    assert base_fingerprint(str(moved)) != mark
+    (moved / "config.json").write_text(json.dumps(config))
+    other = small_model()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(1.01)
+    other.save_pretrained(moved)
+    assert base_fingerprint(str(moved)) != mark
+    assert base_fingerprint("some/model") is None
+    assert base_fingerprint(str(tmp_path)) is None
+    gguf = tmp_path / "a.gguf"
+    gguf.write_bytes(bytes(100_000))
+    same = base_fingerprint(str(gguf))
+    assert base_fingerprint(str(gguf.rename(tmp_path / "b.gguf"))) == same
+    (tmp_path / "b.gguf").write_bytes(bytes(50_000) + b"1" * 50_000)
+    assert base_fingerprint(str(tmp_path / "b.gguf")) != same
+
+
+def test_an_adapter_of_another_base_is_refused(llama, tmp_path):
+    model = build(llama)
+    save_adapter(model.model, "proxy", tmp_path / "saved", str(llama), fingerprint=base_fingerprint(str(llama)))
+    load_adapter(model.model, "again", tmp_path / "saved", fingerprint=base_fingerprint(str(llama)))
+    load_adapter(model.model, "again", tmp_path / "saved")
+    mark = base_fingerprint(str(llama))[:12]
+    assert message(load_adapter, model.model, "more", tmp_path / "saved", fingerprint="0" * 64) == (
+        f"model {tmp_path / 'saved'}: its adapter is for another base ({mark}, not 000000000000); "
+        f"give the one that it was trained on, {llama}"
+    )
+    assert adapter_names(model.model) == ["proxy", "again"]
+    (tmp_path / "saved" / "doremi_mix_adapter.json").write_text("[1]")
+    assert message(load_adapter, model.model, "more", tmp_path / "saved").startswith(
+        f"model {tmp_path / 'saved'}: its doremi_mix_adapter.json cannot be read ("
+    )
+
+
 # --- errors ---
 
 
@@ -330,6 +756,26 @@ def test_targets_that_are_no_layer_of_the_blocks_are_named(llama, target):
         f"lora_target_modules: {target} names no linear layer of the blocks of LlamaForCausalLM; "
         "choose from down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     )
+
+
+def test_layers_that_cannot_share_an_input_are_named(llama, tmp_path):
+    def refused(*shared, targets=None, base=llama):
+        return message(build, base, lora=LoraSettings(target_modules=targets, shared_input=shared))
+
+    assert refused("query", "key") == (
+        "lora_shared_input: query, key are none of the layers that get an adapter; "
+        "choose from down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    )
+    assert refused("up_proj", "down_proj") == (
+        "lora_shared_input: up_proj, down_proj must all get an adapter and have as many inputs as each other, and "
+        "model.layers.0.mlp has up_proj (16 inputs), down_proj (32 inputs); name layers that read the same input"
+    )
+    assert refused("q_proj", "k_proj", targets=("q_proj", "v_proj")) == (
+        "lora_shared_input: q_proj, k_proj must all get an adapter and have as many inputs as each other, and "
+        "model.layers.0.self_attn has q_proj (16 inputs); name layers that read the same input"
+    )
+    small_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    assert "model.layers" not in refused("c_fc", "c_proj", base=tmp_path / "gpt2")
 
 
 def test_a_missing_peft_is_named(llama, tmp_path, monkeypatch):

@@ -35,6 +35,8 @@ SHELL = (
     "hosts",
     "executors",
     "cluster",
+    "cli_models",
+    "finetune_plan",
 )
 CORE = [
     path
@@ -54,6 +56,10 @@ HEAVY = {
     "wandb",
     "tensorboard",
     "peft",
+    "lm_eval",
+    "evaluate",
+    "rouge_score",
+    "bitsandbytes",
 }
 
 

@@ -2,13 +2,15 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import read_log
+from conftest import changed, finetune, read_log
+from safetensors.torch import load_file
 
 from doremi_mix import learn
 
@@ -173,3 +175,32 @@ def test_machines_that_do_not_share_the_run_directory(corpus, settings, tmp_path
         "error: run: this process does not see the run directory of the first one; "
         "all machines must share the folder (for example over NFS)"
     ) in "".join(outputs)
+
+
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_a_fine_tune_in_two_processes(drawn, finetune_settings, tmp_path, shard):
+    """Adapters with one matrix A for three layers: whole models that exchange gradients, and one that is split."""
+    settings = changed(finetune_settings, lora_dropout=0, epochs=2)
+    one = finetune(drawn, tmp_path / "one", settings)
+    shutil.copytree(drawn, tmp_path / "two")
+    config = tmp_path / "settings.json"
+    config.write_text(json.dumps(changed(settings, shard=shard == "true")), encoding="utf-8")
+    rest = ["finetune", "--run-dir", str(tmp_path / "two"), "--config", str(config)]
+    # Both are killed between two checkpoints, and go on.
+    killer = [str(Path(__file__).with_name("kill_at.py")), "SIGKILL", "doremi_mix.train:_flush", "9", "--"]
+    killed = start(["--nproc-per-node", "2", "--master-port", free_port()], [*killer, *rest])
+    assert "SIGKILL" in killed.communicate(timeout=300)[0]
+    assert (tmp_path / "two" / "finetune" / "checkpoint.pt").exists()
+    finish(start(["--nproc-per-node", "2", "--master-port", free_port()], ["-m", "doremi_mix", *rest]))
+    two = tmp_path / "two" / "finetune"
+    assert json.loads((two / "metrics.json").read_text())["num_processes"] == 2
+    for a, b in zip(read_log(one / "metrics.jsonl"), read_log(two / "metrics.jsonl"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
+        assert b["num_tokens"] == a["num_tokens"]
+    left, right = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert (tensor - right[name]).abs().max() < 1e-3, name
+    configs = [(folder / "adapter" / "adapter_config.json").read_bytes() for folder in (one, two)]
+    assert configs[0] == configs[1]

@@ -415,4 +415,9 @@ def test_the_mixture_does_not_depend_on_how_many_rows_are_shuffled_at_a_time(
     written = (tmp_path / "mixture.jsonl").read_bytes()
     assert written.count(b"\n") > 50
     assert written == (finished_run / "mixture" / "mixture.jsonl").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["allocation.json", "mixture.jsonl", "ratio.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "allocation.json",
+        "mixture.jsonl",
+        "ratio.json",
+        "rows.npy",
+    ]

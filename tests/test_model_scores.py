@@ -156,7 +156,8 @@ def scores_by_hand(model, encode, some_rows, max_tokens, begin=None):
             answer = encode(output)
             p, a = len(prompt), len(answer) + 1  # the end token takes part in the cut, but is not scored
             if p + a > max_tokens:
-                prompt, answer = prompt[: max_tokens * p // (p + a)], answer[: max(1, max_tokens * a // (p + a))]
+                num_answer = max(1, max_tokens * a // (p + a))
+                prompt, answer = prompt[: max_tokens - num_answer], answer[:num_answer]
         context = prompt if begin is None else [begin, *prompt]
         found["answer_loss"].append(loss_after(model, context, answer))
         found["answer_alone_loss"].append(loss_after(model, [start], answer))

@@ -108,7 +108,7 @@ def _bounds(ids):
 
 
 # What learn runs; compare is asked for.
-RUN_STAGES = [name for name in STAGE_NAMES if name not in ("analyze", "filter", "compare")]
+RUN_STAGES = [name for name in STAGE_NAMES if name not in ("analyze", "filter", "compare", "finetune", "evaluate")]
 
 
 def manifests(run_dir):

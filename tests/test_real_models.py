@@ -63,6 +63,7 @@ def test_adapters_learn_and_the_base_does_not(corpus, checkpoint, tmp_path):
         assert sorted(path.name for path in (tmp_path / "run" / stage / "model").iterdir()) == [
             "adapter_config.json",
             "adapter_model.safetensors",
+            "doremi_mix_adapter.json",
         ]
         assert list((tmp_path / "run" / "tracking" / "tensorboard" / stage).iterdir())
         metrics = json.loads((tmp_path / "run" / stage / "metrics.json").read_text())

@@ -84,6 +84,7 @@ def test_plain_text_has_no_prompt():
 
 def test_an_input_without_an_instruction_stands_alone():
     assert render(example("", "a", "m"), BARE) == [("m>", "a")]
+    assert render(example("", "a", "m"), CONTEST_TEMPLATE)[0][0].endswith("### Instruction:\n\nm\n\n### Response:\n")
 
 
 @given(st.text(alphabet="{}query0a%s\n"), st.text(alphabet="{}query0a%s\n"))
@@ -132,11 +133,8 @@ def test_an_example_without_anything_to_predict_is_named():
 def contest_rule(prompt: list[int], response: list[int], limit: int) -> tuple[list[int], list[int]]:
     """The contest's own truncation of one turn; the response ends with the end token."""
     total = len(prompt) + len(response)
-    if total > limit:
-        max_prompt = int(limit * (len(prompt) / total))
-        max_response = int(limit * (len(response) / total))
-        prompt, response = prompt[:max_prompt], response[:max_response]
-    return prompt, response
+    max_response = max(1, int(limit * (len(response) / total)))
+    return prompt[: limit - max_response], response[:max_response]
 
 
 @settings(deadline=None)
@@ -151,9 +149,8 @@ def test_single_turns_are_cut_as_in_the_contest(sizes, limit):
     for (prompt, response), (text, mask) in zip(sizes, written(cut), strict=True):
         whole = ["x" * prompt + "y>", "z" * response + "$"]
         expected_prompt, expected_response = contest_rule(list(whole[0]), list(whole[1]), limit)
-        if expected_prompt and expected_response:  # otherwise the contest trains on half an example
-            assert text == "".join(expected_prompt + expected_response)
-            assert mask == "0" * len(expected_prompt) + "1" * len(expected_response)
+        assert text == "".join(expected_prompt + expected_response)
+        assert mask == "0" * len(expected_prompt) + "1" * len(expected_response)
     assert cut.num_tokens.tolist() == encoded.num_tokens.tolist()
 
 
@@ -393,4 +390,4 @@ def test_real_rows_under_the_contest_settings(shared_data):
         )
         kept = contest_rule(prompt.tolist(), [*response.tolist(), 2], 1024)
         assert count == len(kept[0]) + len(kept[1])
-    assert counts.max() >= 1022
+    assert counts.max() == 1024

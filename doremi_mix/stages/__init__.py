@@ -196,6 +196,34 @@ def _mixture_reads(config: Config) -> tuple[str, ...]:
     return (*_rows_reads(config), *wanted)
 
 
+def _finetune_settings(config: Config) -> Any:
+    section = config.finetune
+    model = None
+    if section.model is not None:
+        from doremi_mix.adapters import base_fingerprint
+
+        # Reading all of a large model each time somebody asks for the status would take minutes.
+        model = base_fingerprint(section.model) or section.model
+    tokenizer = section.tokenizer if section.tokenizer != section.model else None
+    files = {"model": model, "tokenizer": _contents_or_none(tokenizer), "data": _contents_or_none(section.data)}
+    template = config.tokenize.model_dump(include={"preamble", "turn"})
+    return {**section.result_settings(), **files, "template": template}
+
+
+def _finetune_reads(config: Config) -> tuple[str, ...]:
+    return ("mixture", *_rows_reads(config)) if config.finetune.data is None else ()
+
+
+def _evaluate_settings(config: Config) -> Any:
+    section = config.evaluate
+    folders = {name: _contents_or_none(getattr(section, name)) for name in ("task_folder", "semi_final_task_folder")}
+    return {**section.result_settings(), **folders}
+
+
+def _contents_or_none(name_or_path: str | None) -> Any:
+    return None if name_or_path is None else contents_of(name_or_path)
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         "load",
@@ -281,9 +309,32 @@ STAGES: tuple[Stage, ...] = (
         ("tokenize",),
         _mixture_settings,
         "draw the training set under the token budget",
-        outputs=("mixture.jsonl", "ratio.json", "allocation.json"),
+        version=2,
+        outputs=("mixture.jsonl", "rows.npy", "ratio.json", "allocation.json"),
         also_reads=_mixture_reads,
         in_run=lambda config: config.mixture.token_budget is not None,
+    ),
+    Stage(
+        "finetune",
+        (),
+        _finetune_settings,
+        "train LoRA adapters over the main model on the mixture",
+        resumable=True,
+        parallel=True,
+        scratch=("checkpoint.pt",),
+        outputs=("adapter", "metrics.json"),
+        also_reads=_finetune_reads,
+        in_run=lambda config: config.finetune.model is not None,
+    ),
+    Stage(
+        "evaluate",
+        ("tokenize", "finetune"),
+        _evaluate_settings,
+        "held-out loss and benchmarks of the main model, before and after the fine-tune",
+        resumable=True,
+        outputs=("metrics.json",),
+        also_reads=_rows_reads,
+        in_run=lambda config: config.finetune.model is not None,
     ),
 )
 
@@ -423,17 +474,22 @@ def _execute(stage: Stage, context: StageContext) -> str:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        trains = stage.name in ("reference", "proxy")
-        more = (
-            f"raise {stage.name}.gradient_accumulation_steps or set {stage.name}.gradient_checkpointing=true "
-            "(the result stays the same), or "
-            if trains
-            else ""
-        )
-        raise ConfigError(
-            f"{stage.name}: the GPU's memory is full; {more}choose a smaller reference.model or tokenize.context_length"
-        ) from None
+        raise ConfigError(f"{stage.name}: the GPU's memory is full; {_MORE_MEMORY.get(stage.name, _SMALLER)}") from None
     return said
+
+
+_SMALLER = "choose a smaller reference.model or tokenize.context_length"
+_LESS_AT_ONCE = (
+    "raise {0}.gradient_accumulation_steps or set {0}.gradient_checkpointing=true (the result stays the same), or "
+    + _SMALLER
+)
+_MORE_MEMORY = {
+    "reference": _LESS_AT_ONCE.format("reference"),
+    "proxy": _LESS_AT_ONCE.format("proxy"),
+    "finetune": "set finetune.gradient_checkpointing=true or lower finetune.micro_batch_size (the result stays the "
+    "same), or set finetune.quantization=4bit",
+    "evaluate": "lower evaluate.batch_size or evaluate.max_length",
+}
 
 
 def run_pipeline(config: Config, run: RunDirectory, narrator: Narrator, processes: Processes) -> None:
@@ -504,8 +560,8 @@ def _is_current(replica: Replica) -> bool:
 def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
     """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``.
 
-    A stage that is run in several rounds and seeds is finished when all of them are.  Analyze and filter are left out
-    where they neither belong to the run nor were started.
+    A stage that is run in several rounds and seeds is finished when all of them are.  Analyze, filter, finetune and
+    evaluate are left out where they neither belong to the run nor were started.
     """
     states: dict[str, str] = {}
     for stage in STAGES:
@@ -515,7 +571,7 @@ def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
             )
         else:
             states[stage.name] = _state(stage, config, run)
-    optional = [name for name in ("analyze", "filter") if not stage_named(name).in_run(config)]
+    optional = [name for name in ("analyze", "filter", "finetune", "evaluate") if not stage_named(name).in_run(config)]
     return {name: state for name, state in states.items() if state != "not started" or name not in optional}
 
 

@@ -11,6 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from doremi_mix.config import Config
 from doremi_mix.errors import ConfigError, DataError, SourceFormatError, TooManyRejectedError
 from doremi_mix.progress import Narrator
@@ -194,20 +197,45 @@ def run(context: StageContext) -> str:
 def read_examples(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list[Example]]:
     """Reads back what the stage kept of a domain, in order, in lists of at most ``chunk_size``."""
     for batch in _read_batches(loaded_path(folder, domain), chunk_size):
-        columns = batch.to_pydict()
-        yield [
-            Example(
-                id=columns["id"][i],
-                domain=domain,
-                instruction=columns["instruction"][i],
-                input=columns["input"][i],
-                output=columns["output"][i],
-                history=tuple((turn["user"], turn["assistant"]) for turn in columns["history"][i]),
-                system=columns["system"][i],
-                row=columns["row"][i],
-            )
-            for i in range(batch.num_rows)
-        ]
+        yield _examples_of(batch, domain)
+
+
+def read_examples_at(
+    folder: Path, domain: str, rows: NDArray[np.int64], chunk_size: int = 512
+) -> Iterator[list[Example]]:
+    """Reads back single examples of a domain, in lists of at most ``chunk_size``.
+
+    Args:
+        folder: of stage load or filter.
+        domain: its name.
+        rows: which of its kept examples, in ascending order, each once.
+        chunk_size: examples that are looked at together.
+    """
+    first = 0
+    for batch in _read_batches(loaded_path(folder, domain), chunk_size):
+        low, high = np.searchsorted(rows, [first, first + batch.num_rows])
+        if low < high:
+            yield _examples_of(batch.take(rows[low:high] - first), domain)
+        first += batch.num_rows
+        if high == len(rows):
+            return
+
+
+def _examples_of(batch: pa.RecordBatch, domain: str) -> list[Example]:
+    columns = batch.to_pydict()
+    return [
+        Example(
+            id=columns["id"][i],
+            domain=domain,
+            instruction=columns["instruction"][i],
+            input=columns["input"][i],
+            output=columns["output"][i],
+            history=tuple((turn["user"], turn["assistant"]) for turn in columns["history"][i]),
+            system=columns["system"][i],
+            row=columns["row"][i],
+        )
+        for i in range(batch.num_rows)
+    ]
 
 
 def read_rows(folder: Path, domain: str, chunk_size: int = 512) -> Iterator[list[str]]:

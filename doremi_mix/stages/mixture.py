@@ -1,6 +1,7 @@
 """Stage mixture: draw the training set under the token budget.
 
-Writes ``mixture.jsonl`` (the input rows, unchanged, plus their domain), ``ratio.json`` (the contest's form) and
+Writes ``mixture.jsonl`` (the input rows, unchanged, plus their domain), ``rows.npy`` (where each of them comes from:
+domain id and row of the loaded or filtered domain, shape [N, 2]), ``ratio.json`` (the contest's form) and
 ``allocation.json`` (what was asked for and what was drawn).
 """
 
@@ -10,9 +11,9 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,11 @@ from doremi_mix.mixture import allocate, draw_examples, mixture_order, uniform_w
 from doremi_mix.progress import Tracker
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.stages import StageContext, rows_stage
-from doremi_mix.stages.load import read_rows
+from doremi_mix.stages.load import read_examples_at, read_rows
 from doremi_mix.stages.training import available_tokens, open_store, weight_caps
 from doremi_mix.stages.weights import plain_weights, read_weights, weights_from
 from doremi_mix.store import TokenStore
-from doremi_mix.types import Allocation, DomainWeights
+from doremi_mix.types import Allocation, DomainWeights, Example
 
 BUCKET_ROWS = 8_192
 """Rows that are shuffled in memory at a time; a larger mixture goes through temporary files."""
@@ -36,6 +37,7 @@ MAX_BUCKETS = 128
 """Temporary files that are open at a time: macOS allows a process 256.  Beyond a million rows, buckets grow."""
 
 DOMAIN_KEY = "domain"
+ROWS = "rows.npy"
 
 
 def check_budget(config: Config, run: RunDirectory) -> None:
@@ -71,6 +73,7 @@ def run(context: StageContext) -> str:
                 break
     if key != DOMAIN_KEY:
         context.narrator.say(f'  some rows have a "{DOMAIN_KEY}" of their own; the domain is written as "{key}"')
+    np.save(context.folder / ROWS, _origins(draws, positions))
     write_json(context.folder / "ratio.json", {f"{name}.jsonl": tokens / total for name, tokens in drawn.items()})
     write_json(
         context.folder / "allocation.json",
@@ -149,6 +152,41 @@ def draw_domains(store: TokenStore, allocation: Allocation, seed: int) -> dict[s
         drawn = trainable[draw_examples(tokens[trainable], allocation.tokens[name], seed, name)]
         draws[name] = (drawn, int(tokens[drawn].sum()))
     return draws
+
+
+def _origins(draws: Mapping[str, tuple[NDArray[np.int64], int]], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the domain id and the row of every example of the mixture, in its order, shape [N, 2]."""
+    origins_N2 = np.empty((len(positions), 2), dtype=np.int64)
+    domain_ids = np.repeat(np.arange(len(draws)), [len(rows) for rows, _ in draws.values()])
+    origins_N2[positions, 0] = domain_ids
+    origins_N2[positions, 1] = np.concatenate([rows for rows, _ in draws.values()])
+    return origins_N2
+
+
+def read_mixture(
+    run: RunDirectory, rows_folder: Path, names: Sequence[str], window: int = 100_000
+) -> Iterator[tuple[list[Example], list[int]]]:
+    """Reads the examples of the mixture in its order, with their domain ids, in lists of at most ``window``.
+
+    The mixture is shuffled, so each window reads through the domains once; one window is held in memory.
+
+    Args:
+        run: whose mixture was drawn.
+        rows_folder: of the stage that it was drawn from.
+        names: the domains.
+        window: examples at a time.
+    """
+    origins_N2 = np.load(run.stage_path("mixture") / ROWS)
+    for start in range(0, len(origins_N2), window):
+        part_W2 = origins_N2[start : start + window]
+        examples: list[Example | None] = [None] * len(part_W2)
+        for domain_id, name in enumerate(names):
+            wanted = np.flatnonzero(part_W2[:, 0] == domain_id)
+            rows, which = np.unique(part_W2[wanted, 1], return_inverse=True)
+            read = [example for chunk in read_examples_at(rows_folder, name, rows) for example in chunk]
+            for place, index in zip(wanted.tolist(), which.tolist(), strict=True):
+                examples[place] = read[index]
+        yield cast("list[Example]", examples), part_W2[:, 0].tolist()
 
 
 def _free_keys() -> Iterator[str]:

@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -223,7 +223,7 @@ def train_model(
     )
     model = new_model(section, token_info(context.run), T, stage)
     label = f"{stage} {part}".rstrip() + context.label
-    trackers = _trackers(context, section, re.sub(r"[^\w.]+", "-", label).strip("-"))
+    trackers = make_trackers(context, section.result_settings(), re.sub(r"[^\w.]+", "-", label).strip("-"))
     num_tokens = int(schedule.counts_SK.sum()) * T
     with context.narrator.track(label, num_tokens, "tokens") as tracker:
         accelerator = train(model, objective, schedule, read, plan, folder, tracker, trackers)
@@ -232,8 +232,14 @@ def train_model(
     return model, accelerator
 
 
-def _trackers(context: StageContext, section: TrainingConfig, stage: str) -> Callable[[int], Any]:
-    """Returns what opens the experiment trackers that the configuration asks for."""
+def make_trackers(context: StageContext, settings_shown: Mapping[str, Any], stage: str) -> Callable[[int], Any]:
+    """Returns what opens the experiment trackers that the configuration asks for.
+
+    Args:
+        context: of the stage.
+        settings_shown: what the trackers keep beside the numbers.
+        stage: what to call this training.
+    """
     wanted = context.config.tracking
     settings = TrackingSettings(
         trackers=wanted.trackers,
@@ -243,8 +249,8 @@ def _trackers(context: StageContext, section: TrainingConfig, stage: str) -> Cal
     )
 
     def open_them(first_step: int) -> Any:
-        config = section.result_settings()
-        return open_trackers(settings, context.run.path / "tracking", stage, config, first_step, context.narrator.say)
+        place = context.run.path / "tracking"
+        return open_trackers(settings, place, stage, dict(settings_shown), first_step, context.narrator.say)
 
     return open_them
 
@@ -309,9 +315,10 @@ def write_metrics(
             "num_trained_parameters": num_trainable_parameters(model),
             "num_processes": context.processes.count,
             "split_over_processes": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
-            "held_out_loss_average": _number(average),
+            "held_out_loss_average": number_or_none(average),
             "held_out_loss": {
-                name: {key: _number(value) for key, value in asdict(loss).items()} for name, loss in losses.items()
+                name: {key: number_or_none(value) for key, value in asdict(loss).items()}
+                for name, loss in losses.items()
             },
             "epochs": dict(zip(domains, schedule.epochs().tolist(), strict=True)),
         },
@@ -330,6 +337,6 @@ def read_columns(path: Path, names: Sequence[str], keys: Sequence[str]) -> dict[
     return {key: np.frombuffer(column).reshape(-1, len(names)) for key, column in columns.items()}
 
 
-def _number(value: float) -> float | None:
+def number_or_none(value: float) -> float | None:
     """JSON has no NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,278 @@
+"""Stage finetune: what is trained on what, what is written, resume, and what is refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import changed, finetune, make_rows, read_log
+
+from doremi_mix.errors import ConfigError, DataError, ModelError
+from doremi_mix.pipeline import open_run
+from doremi_mix.run import RunDirectory
+from doremi_mix.stages import stage_states
+from doremi_mix.stages.mixture import read_mixture
+from doremi_mix.tokenizer import load_tokenizer
+from doremi_mix.tokens import CONTEST_TEMPLATE, count_tokens
+
+KILL_AT = Path(__file__).with_name("kill_at.py")
+NEVER = ("SIGKILL", "doremi_mix.train:_flush", "1000000")
+
+
+def test_it_trains_on_the_mixture_in_its_order_under_the_budget(tuned, main_model):
+    run = tuned.parent
+    allocation = json.loads((run / "mixture" / "allocation.json").read_text(encoding="utf-8"))
+    metrics = json.loads((tuned / "metrics.json").read_text(encoding="utf-8"))
+    examples = metrics["examples"]
+    rows = read_log(run / "mixture" / "mixture.jsonl")
+    assert examples["num_rows"] == examples["num_kept"] == len(rows)
+    assert examples["num_tokens"] == sum(examples["tokens_by_domain"].values()) <= 6_000
+    # Budget and training cut examples at the same length, so both count the same.
+    assert examples["num_truncated"] > 0
+    assert examples["num_tokens"] == allocation["drawn_tokens"]
+    assert examples["tokens_by_domain"] == {
+        name: domain["drawn_tokens"] for name, domain in allocation["domains"].items()
+    }
+
+
+@pytest.mark.parametrize("window", [7, 100_000])
+def test_the_mixture_is_read_back_in_its_order(drawn, window):
+    run = RunDirectory(drawn)
+    written = read_log(drawn / "mixture" / "mixture.jsonl")
+    names = list(json.loads((drawn / "mixture" / "allocation.json").read_text(encoding="utf-8"))["domains"])
+    read = [
+        (example, names[domain_id])
+        for examples, domain_ids in read_mixture(run, drawn / "load", names, window)
+        for example, domain_id in zip(examples, domain_ids, strict=True)
+    ]
+    assert [{**json.loads(example.row), "domain": name} for example, name in read] == written
+    assert len({name for _, name in read}) == 3
+
+
+def test_what_it_says_of_each_step(tuned):
+    steps = read_log(tuned / "metrics.jsonl")
+    domains = read_log(tuned / "domain_losses.jsonl")
+    metrics = json.loads((tuned / "metrics.json").read_text(encoding="utf-8"))
+    assert [step["step"] for step in steps] == list(range(1, metrics["num_steps"] + 1))
+    assert metrics["num_steps"] == metrics["num_sequences"] * 3 // 8
+    for step, by_domain in zip(steps, domains, strict=True):
+        assert by_domain["step"] == step["step"]
+        assert sum(by_domain["num_tokens"].values()) == step["num_tokens"]
+        total = sum(by_domain["loss"][name] * by_domain["num_tokens"][name] for name in by_domain["loss"])
+        assert total / step["num_tokens"] == pytest.approx(step["loss"], rel=1e-6)
+    # Three epochs, warm-up, and a cosine down to nothing.
+    rates = [step["learning_rate"] for step in steps]
+    assert max(rates) == pytest.approx(0.02)
+    assert rates[-1] < 0.02 * 0.01
+    assert sum(step["loss"] for step in steps[-5:]) / 5 < steps[0]["loss"] - 0.3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_adapter_is_peft_s(tuned, main_model):
+    """peft itself loads it, and it changes what the base says."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((tuned / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16.0, 0.1)
+    assert config["target_modules"] == ["k_proj", "q_proj", "v_proj"]
+    base = AutoModelForCausalLM.from_pretrained(main_model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = base(ids).logits
+        after = PeftModel.from_pretrained(base, str(tuned / "adapter"))(ids).logits
+    assert (before - after).abs().max() > 0.01
+
+
+def test_packed_forms(drawn, finetune_settings, tmp_path):
+    """Blocks are the contest's packing: whole blocks of a group's tokens; documents lose nothing."""
+    blocks = finetune(drawn, tmp_path / "blocks", changed(finetune_settings, packing="blocks", epochs=1))
+    metrics = json.loads((blocks / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["num_sequences"] * 96 == metrics["examples"]["num_tokens"]
+    documents = finetune(
+        drawn, tmp_path / "documents", changed(finetune_settings, preset="modern", max_example_tokens=512, epochs=1)
+    )
+    metrics = json.loads((documents / "metrics.json").read_text(encoding="utf-8"))
+    config = json.loads((documents / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    examples = metrics["examples"]
+    assert examples["num_tokens"] / 512 <= metrics["num_sequences"] <= (examples["num_rows"] + 1) // 2
+
+
+def test_a_file_of_ones_own_in_its_order(drawn, finetune_settings, main_model, tmp_path):
+    """The first rows that fill the budget, as an independent count has it; the rest is left out and counted."""
+    rows = [
+        *make_rows("fruit", 30, seed=5),
+        {"instruction": "", "input": "", "output": "no question"},
+        *make_rows("metal", 30, seed=5),
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    own = finetune(drawn, tmp_path / "run", changed(finetune_settings, data=str(path), token_budget=2_500, epochs=1))
+    examples = json.loads((own / "metrics.json").read_text(encoding="utf-8"))["examples"]
+    from doremi_mix.types import Example
+
+    made = [Example(id=str(i), domain="own", **row, row="{}") for i, row in enumerate(rows) if row["instruction"]]
+    costs = count_tokens(made, load_tokenizer(str(main_model)), CONTEST_TEMPLATE, 96).tolist()
+    num_kept = max(n for n in range(len(costs) + 1) if sum(costs[:n]) <= 2_500)
+    assert examples["num_kept"] == num_kept
+    assert examples["num_tokens"] == sum(costs[:num_kept])
+    assert examples["num_kept"] + sum(examples["skipped"].values()) == examples["num_rows"]
+    assert examples["tokens_by_domain"] == {"own": sum(costs[:num_kept])}
+
+
+def test_micro_batches_do_not_change_the_result_without_dropout(drawn, finetune_settings, tmp_path):
+    """With dropout each micro-batch draws its own; without, the gradient is that of the whole batch."""
+    whole = finetune(drawn, tmp_path / "whole", changed(finetune_settings, lora_dropout=0, epochs=1))
+    parts = finetune(
+        drawn, tmp_path / "parts", changed(finetune_settings, lora_dropout=0, epochs=1, micro_batch_size=3)
+    )
+    for one, other in zip(read_log(whole / "metrics.jsonl"), read_log(parts / "metrics.jsonl"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_adapter(drawn, finetune_settings, tuned, tmp_path):
+    """The recomputed block draws the same dropout again."""
+    again = finetune(drawn, tmp_path / "run", changed(finetune_settings, gradient_checkpointing=True))
+    # A setting that changes no result remakes nothing; so it is made in another run, to the same bytes.
+    assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tuned / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("target", "count"), [("doremi_mix.train:_flush", 9), ("doremi_mix.stages.finetune:_write_metrics", 1)]
+)
+def test_killed_and_started_again_it_ends_with_the_same_adapter(
+    drawn, tuned, finetune_settings, tmp_path, target, count
+):
+    shutil.copytree(drawn, tmp_path / "run")
+    config = tmp_path / "finetune.json"
+    config.write_text(json.dumps(finetune_settings), encoding="utf-8")
+
+    def run(when):
+        command = [sys.executable, str(KILL_AT), *when, "--", "finetune", "--run-dir", str(tmp_path / "run")]
+        return subprocess.run(
+            [*command, "--config", str(config)], capture_output=True, text=True, timeout=300, check=False
+        )
+
+    killed = run(("SIGKILL", target, str(count)))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / "finetune" / "manifest.json").exists()
+    again = run(NEVER)
+    assert again.returncode == 0, again.stderr
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "domain_losses.jsonl"):
+        assert (tmp_path / "run" / "finetune" / name).read_bytes() == (tuned / name).read_bytes(), name
+    assert sorted(path.name for path in (tmp_path / "run" / "finetune").iterdir()) == sorted(
+        path.name for path in tuned.iterdir()
+    )
+
+
+def test_the_same_again_is_up_to_date_and_another_rate_is_not(tuned, finetune_settings):
+    run = RunDirectory(tuned.parent)
+    with open_run(run.path, finetune_settings, quiet=True, needs_sources=False) as opened:
+        assert stage_states(opened.config, opened.run)["finetune"] == "finished"
+    with open_run(run.path, changed(finetune_settings, learning_rate=0.01), quiet=True, needs_sources=False) as opened:
+        assert stage_states(opened.config, opened.run)["finetune"] == "outdated"
+    with open_run(run.path, finetune_settings, quiet=True, needs_sources=False):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (
+            {"model": "tiny"},
+            ModelError,
+            "finetune.model: tiny starts from random weights; give a trained checkpoint",
+        ),
+        (
+            {"model": "no/such/model"},
+            ModelError,
+            "finetune.model: 'no/such/model' is no preset (tiny, small, 120m, 280m), no path that exists and no hub "
+            "name (owner/model); give one of these",
+        ),
+        (
+            {"data": "nowhere.jsonl"},
+            ConfigError,
+            "finetune.data: nowhere.jsonl does not exist; give a file of examples, or leave it out",
+        ),
+        (
+            {"lora_target_modules": ["o_proj"], "lora_shared_input": True},
+            ConfigError,
+            "finetune.lora_shared_input is for q_proj, k_proj and v_proj, but finetune.lora_target_modules is o_proj; "
+            "name the three, or set it to false",
+        ),
+        (
+            {"lora_dropout": 1},
+            ConfigError,
+            "config: finetune.lora_dropout must be less than 1, got 1",
+        ),
+    ],
+)
+def test_wrong_settings_stop_a_run_before_it_starts(finetune_settings, tmp_path, given, kind, message):
+    with pytest.raises(kind) as caught, open_run(tmp_path / "run", changed(finetune_settings, **given), quiet=True):
+        pass
+    assert str(caught.value) == message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_mixture_cannot_be_tuned(finetune_settings, tmp_path):
+    without = {key: value for key, value in finetune_settings.items() if key != "mixture"}
+    with pytest.raises(ConfigError) as caught, open_run(tmp_path / "run", without, quiet=True):
+        pass
+    assert str(caught.value) == (
+        "finetune trains on the mixture, but mixture.token_budget is missing; give it, for example: "
+        "--set mixture.token_budget=1000000, or finetune.data"
+    )
+
+
+def test_a_budget_below_the_first_example(drawn, finetune_settings, tmp_path):
+    with pytest.raises(DataError) as caught:
+        finetune(drawn, tmp_path / "run", changed(finetune_settings, token_budget=5))
+    num_rows = len(read_log(drawn / "mixture" / "mixture.jsonl"))
+    assert str(caught.value) == (
+        f"no example to fine-tune on: expected at least 1 of {num_rows} rows, got 0 ({num_rows} over budget); "
+        "give rows with a question and an answer, or a larger token budget"
+    )
+
+
+def test_blocks_longer_than_all_there_is(drawn, finetune_settings, tmp_path):
+    path = tmp_path / "short.jsonl"
+    path.write_text('{"instruction": "a", "input": "", "output": "b"}\n', encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        finetune(
+            drawn,
+            tmp_path / "run",
+            changed(finetune_settings, packing="blocks", data=str(path), max_example_tokens=256),
+        )
+    assert str(caught.value) == (
+        "no example to fine-tune on: expected at least 1 of 1 rows, got 0 (1 remainder of a group); a group of 1,000 "
+        "rows must fill a block of 256 tokens: give more or longer rows, or choose another packing"
+    )
+
+
+def test_settings_of_the_presets(finetune_settings, tmp_path):
+    from doremi_mix.config import parse_config
+    from doremi_mix.finetune_plan import choose_finetune
+
+    def chosen(hardware="cpu", **given):
+        return choose_finetune(parse_config({"catalog": "bettermixture", "finetune": given}), hardware)
+
+    contest = chosen(model="m")
+    assert (contest.epochs, contest.batch_size, contest.max_example_tokens) == (3, 256, 1024)
+    assert (contest.lora_rank, contest.lora_alpha, contest.lora_dropout) == (8, 16.0, 0.1)
+    assert (contest.token_budget, contest.packing, contest.seed) == (10_000_000, "none", 42)
+    assert (contest.warmup_share, contest.weight_decay, contest.max_grad_norm) == (0.03, 0.0, 1.0)
+    assert (contest.lora_target_modules, contest.lora_shared_input) == (("q_proj", "k_proj", "v_proj"), True)
+    assert (contest.tokenizer, contest.gradient_checkpointing) == ("m", False)
+    assert chosen("cuda").gradient_checkpointing is True
+    modern = chosen(preset="modern")
+    assert (modern.lora_target_modules, modern.lora_shared_input, modern.packing) == (None, False, "documents")
+    # The preset's sharing is about its own layers; rank and batch that are given stay.
+    own = chosen(lora_target_modules=["o_proj"], lora_rank=4, batch_size=2)
+    assert (own.lora_shared_input, own.lora_rank, own.batch_size) == (False, 4, 2)
