@@ -5,7 +5,7 @@
 #   bash scripts/bettermixture.sh --tiny TOKENIZER DATA [RUN_DIR]
 #     The same on a CPU in minutes: a small random Baichuan2 with the tokenizer files in TOKENIZER, 200,000 tokens of the
 #     JSON files in DATA, and made-up benchmark items.  Its score says nothing; every step is the real one.
-# Hours and memory are those of one H100 80 GB, computed by scripts/bettermixture_costs.py; none was measured.
+# Each step says what it takes on one H100 80 GB, by scripts/bettermixture_costs.py: computed, not measured, on a GPU.
 set -euo pipefail
 usage() { sed -n '3,7p' "$0" >&2; exit 2; }
 tiny=""
@@ -28,22 +28,24 @@ if [ -n "$tiny" ]; then
         --set "evaluate.num_fewshot={arc_challenge: 2, hellaswag: 2, mmlu: 2, cmmlu: 2, gsm8k: 2}")
 fi
 model="$run-llama"
-echo "2/7 Baichuan2 to Llama layout"
+cost() { echo "${tiny:+the real one: }$(python scripts/bettermixture_costs.py --only "$@")"; }
+echo "2/7 Baichuan2 to Llama layout ($(cost convert))"
 doremi-mix baichuan convert "$original" "$model"
 settings+=(--set "tokenize.tokenizer=$model")
-echo "3/7 load, filter, tokenize, learn the weights with small proxy models, draw the mixture"
+echo "3/7 load, filter, tokenize, learn the weights with small proxy models, draw the mixture" \
+    "($(cost load analyze filter tokenize reference proxy mixture))"
 if [ -n "$tiny" ]; then
     doremi-mix learn "$data" --config configs/baichuan2_lora.yaml --run-dir "$run" "${settings[@]}"
 else
     doremi-mix run configs/baichuan2_lora.yaml --run-dir "$run" --set "data_root=$data" "${settings[@]}"
 fi
-echo "4/7 fine-tune the main model on the mixture"
+echo "4/7 fine-tune the main model on the mixture ($(cost "finetune, micro-batch 64"))"
 doremi-mix finetune --run-dir "$run" --set "finetune.model=$model"
-echo "5/7 base and tuned model: held-out loss of every domain, seven benchmarks, the score"
+echo "5/7 base and tuned model: held-out loss of every domain, seven benchmarks, the score ($(cost evaluate))"
 doremi-mix evaluate --run-dir "$run"
 echo "6/7 the adapter for Baichuan2's original layout"
 rm -rf "$run-adapter-w-pack" "$run-merged"
 doremi-mix adapter "$run" "$run-adapter-w-pack" --form w-pack --base "$original"
-echo "7/7 the tuned model without adapters"
+echo "7/7 the tuned model without adapters ($(cost convert))"
 doremi-mix adapter "$run" "$run-merged" --form merged
 echo "scores: $run/evaluate/metrics.json  adapter: $run/finetune/adapter  model: $run-merged"
