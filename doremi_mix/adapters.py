@@ -52,7 +52,7 @@ class LoraSettings:
         rank: columns of the matrices.
         alpha: their product is scaled by alpha / rank.
         target_modules: names, or ends of names, of the linear layers that get one; None for all of the blocks.
-        dropout: probability that an input of an adapter is dropped, while ``set_adapter_dropout`` has it on.  None
+        dropout: probability that an input of an adapter is dropped, while ``set_adapter_dropout`` has it on.  0
             where domain weights are learned: the losses that decide them must be those whose gradient they weight.
         shared_input: names of target modules that read the same input in the same parent and share one matrix A (and
             one dropout mask), as one adapter of a fused projection does.

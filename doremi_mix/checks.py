@@ -7,9 +7,10 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from doremi_mix.bpe import SMALLEST_VOCABULARY
-from doremi_mix.config import MIXTURE_WORDS, Config, TrainingConfig
+from doremi_mix.config import MIXTURE_WORDS, Config, FinetuneConfig, TrainingConfig
 from doremi_mix.errors import ConfigError, ModelError
 from doremi_mix.presets import PRESETS, is_config_only
 
@@ -123,7 +124,8 @@ def check_finetune(config: Config) -> None:
     section = config.finetune
     if section.model is None:
         return
-    check_checkpoint_name(section.model, "finetune.model")
+    if section.model in PRESETS or is_config_only(section.model):
+        raise ModelError(f"finetune.model: {section.model} starts from random weights; give a trained checkpoint")
     if find_spec("peft") is None:
         raise ModelError("finetune: LoRA needs peft; run: pip install 'doremi-mix[lora]'")
     if section.quantization != "none" and find_spec("bitsandbytes") is None:
@@ -136,8 +138,6 @@ def check_finetune(config: Config) -> None:
             f"finetune.quantization is {section.quantization}, which finetune.shard cannot split over processes; leave "
             "out one of the two"
         )
-    if section.data is not None and not Path(section.data).is_file():
-        raise ConfigError(f"finetune.data: {section.data} does not exist; give a file of examples, or leave it out")
     if section.data is None and config.mixture.token_budget is None:
         raise ConfigError(
             "finetune trains on the mixture, but mixture.token_budget is missing; give it, for example: "
@@ -152,20 +152,61 @@ def check_finetune(config: Config) -> None:
 
 
 def check_main_model(config: Config) -> None:
-    """Reads the main model's configuration and tokenizer, which takes a second; its weights come hours later.
+    """Looks at what finetune and evaluate take from outside the run: configuration and tokenizer of the model, files.
+
+    It takes a second; the model's weights come hours later.
 
     Raises:
-        ModelError: they cannot be read, do not fit each other, or the layout is one that nothing loads any more.
+        ConfigError: a file or folder does not exist, or the model takes fewer tokens than it will get.
+        ModelError: the model cannot be read, does not fit its tokenizer, has not the layers that get adapters, or has a
+            layout that nothing loads any more.
     """
     section = config.finetune
     if section.model is None:
         return
-    from transformers import AutoConfig
-
-    from doremi_mix.errors import short_reason
+    check_model_name(section.model, "finetune.model")
+    if section.data is not None and not Path(section.data).is_file():
+        raise ConfigError(f"finetune.data: {section.data} does not exist; give a file of examples, or leave it out")
+    for key in ("task_folder", "semi_final_task_folder"):
+        folder = getattr(config.evaluate, key)
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"evaluate.{key}: {folder} is no folder; give one with task files of lm-eval")
     from doremi_mix.tokenizer import load_tokenizer
 
     name = section.model
+    if name.endswith(".gguf"):
+        # What it holds is known once it is loaded.
+        if config.evaluate.tasks and section.tokenizer in (None, name):
+            raise ConfigError(
+                f"evaluate.tasks: lm-eval cannot use the tokenizer inside {name}; give finetune.tokenizer a folder "
+                "with the model's own, or leave evaluate.tasks out"
+            )
+        return
+    settings = _read_model_settings(section)
+    tokenizer = load_tokenizer(section.tokenizer or name, trust_remote_code=section.trust_remote_code)
+    if tokenizer.vocab_size > settings.vocab_size:
+        raise ModelError(
+            f"finetune.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} tokens, but {name} has embeddings for "
+            f"{settings.vocab_size:,}; give the model's own tokenizer"
+        )
+    positions = getattr(settings, "max_position_embeddings", None)
+    lengths = {"finetune.max_example_tokens": section.max_example_tokens}
+    if config.evaluate.tasks:
+        lengths["evaluate.max_length"] = config.evaluate.max_length
+    for key, length in lengths.items():
+        if isinstance(positions, int) and length is not None and length > positions:
+            raise ConfigError(f"{key} is {length:,}, but {name} takes {positions:,} tokens; lower it")
+    if not section.trust_remote_code:
+        _check_layers(section, settings)
+
+
+def _read_model_settings(section: FinetuneConfig) -> Any:
+    """Returns the main model's transformers configuration."""
+    from transformers import AutoConfig
+
+    from doremi_mix.errors import short_reason
+
+    name = str(section.model)
     raw = Path(name).expanduser() / "config.json"
     if raw.is_file() and '"baichuan"' in raw.read_text(encoding="utf-8", errors="replace"):
         raise ModelError(
@@ -173,18 +214,32 @@ def check_main_model(config: Config) -> None:
             f"it first: doremi-mix baichuan convert {name} DST"
         )
     try:
-        settings = AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"finetune.model: {name}: its configuration cannot be read ({short_reason(error)}); give a checkpoint's "
             "folder or hub name"
         ) from None
-    tokenizer = load_tokenizer(section.tokenizer or name, trust_remote_code=section.trust_remote_code)
-    if tokenizer.vocab_size > settings.vocab_size:
-        raise ModelError(
-            f"finetune.tokenizer: {tokenizer.name} has {tokenizer.vocab_size:,} tokens, but {name} has embeddings for "
-            f"{settings.vocab_size:,}; give the model's own tokenizer"
-        )
+
+
+def _check_layers(section: FinetuneConfig, settings: Any) -> None:
+    """Finds the layers that are to get adapters in a model without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from doremi_mix.adapter_layers import shared_groups, target_names
+    from doremi_mix.finetune_plan import finetune_lora
+
+    lora = finetune_lora(section)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+    except Exception:  # an architecture of its own ways; loading it will tell
+        return
+    try:
+        shared_groups(model, lora.shared_input, target_names(model, lora.target_modules))
+    except ModelError as error:
+        raise ModelError(f"finetune.{error}, or set finetune.preset=modern") from None
 
 
 def check_evaluate(config: Config) -> None:
@@ -197,10 +252,6 @@ def check_evaluate(config: Config) -> None:
     section = config.evaluate
     if section.tasks and find_spec("lm_eval") is None:
         raise ModelError("evaluate.tasks: benchmarks need lm-eval; run: pip install 'doremi-mix[evaluate]'")
-    for key in ("task_folder", "semi_final_task_folder"):
-        folder = getattr(section, key)
-        if folder is not None and not Path(folder).is_dir():
-            raise ConfigError(f"evaluate.{key}: {folder} is no folder; give one with task files of lm-eval")
     if "contest" in section.tasks and len(section.tasks) > 1:
         raise ConfigError("evaluate.tasks: contest stands for its seven tasks; give it alone, or tasks by name")
     if section.semi_final_task_folder is not None and section.tasks != ("contest",):
@@ -216,13 +267,6 @@ def check_evaluate(config: Config) -> None:
         raise ConfigError(
             "evaluate has nothing to do: evaluate.tasks is empty and evaluate.held_out_examples is 0; give one of them"
         )
-
-
-def check_checkpoint_name(name: str, key: str) -> None:
-    """Raises ModelError for what is no folder or file that exists and no name of the hub, or starts from nothing."""
-    if name in PRESETS or is_config_only(name):
-        raise ModelError(f"{key}: {name} starts from random weights; give a trained checkpoint")
-    check_model_name(name, key)
 
 
 def check_model_name(name: str, key: str) -> None:

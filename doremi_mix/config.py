@@ -491,6 +491,11 @@ class FinetuneConfig(Section):
         description="none: one example a sequence; documents: whole examples that do not see each other; blocks: cut "
         "from all examples end to end, as the contest's trainer packs; null: contest none, modern documents",
     )
+    skip_plain_text: bool | None = Field(
+        default=None,
+        description="pass over plain text, which asks nothing, as the contest's trainer does; null: contest true, "
+        "modern false",
+    )
     epochs: PositiveInt = Field(default=3, description="passes over the examples")
     batch_size: PositiveInt | None = Field(
         default=None, description="sequences in a step, over all processes; null: contest 256, modern 64"
@@ -528,7 +533,8 @@ class FinetuneConfig(Section):
     micro_batch_size: PositiveInt | None = Field(
         default=None,
         json_schema_extra=_NO_RESULT,
-        description="sequences in a forward pass of a process; null: by the memory",
+        description="sequences in a forward pass of a process; null: by the memory (it decides which inputs the "
+        "dropout drops, and nothing else)",
     )
     checkpoint_every: PositiveInt | None = Field(
         default=None,

@@ -220,7 +220,7 @@ def request_of_column(column: str, config: Config) -> ScoreRequest:
     if column in ("lang", "lang_score"):
         return ScoreRequest("language", ("lang", "lang_score"))
     if column == "num_token":
-        from doremi_mix.stages import contents_of
+        from doremi_mix.fingerprints import contents_of
 
         tokenizer = config.tokenize.tokenizer
         if tokenizer is None:
@@ -301,7 +301,7 @@ def model_request(model: str, columns: tuple[str, ...], config: Config) -> Score
 
 
 def _model_settings(model: str, config: Config) -> dict[str, Any]:
-    from doremi_mix.stages import contents_of
+    from doremi_mix.fingerprints import contents_of
 
     place = model_place(model)
     return {

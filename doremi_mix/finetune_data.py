@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -172,6 +173,17 @@ def _nothing_kept(counts: ExampleCounts, block_size: int) -> str:
             f"choose another packing"
         )
     return f"no example to fine-tune on: expected at least 1 of {counts.num_rows:,} rows, got 0 ({found}); {remedy}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Says whether ``write_examples`` came to its end in a folder."""
+    return (folder / EXAMPLES).exists()
+
+
+def remove_examples(folder: Path) -> None:
+    """Deletes what ``write_examples`` wrote; stopped in between, what is left does not pass for complete."""
+    (folder / EXAMPLES).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason_to_skip(example: Example, *, skip_empty_query: bool) -> str | None:

@@ -55,6 +55,10 @@ def check_behavior(wrapped: Any, name: str, context_length: int) -> None:
     second = slice(length, None)
     # The same second document, behind another first one.
     other_BT = torch.cat([other_BT[:, :length], ids_BT[:, second]], dim=1)
+    # A quantized model is on its GPU from the start.
+    ids_BT, other_BT, labels_BT, documents_BT, positions_BT = (
+        tensor.to(weight.device) for tensor in (ids_BT, other_BT, labels_BT, documents_BT, positions_BT)
+    )
     try:
         packed_BT = wrapped(ids_BT, labels_BT, positions_BT, documents_BT)
         behind_other_BT = wrapped(other_BT, labels_BT, positions_BT, documents_BT)

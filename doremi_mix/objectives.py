@@ -18,9 +18,9 @@ from doremi_mix.dro import DomainSums, domain_sums, weighted_loss
 from doremi_mix.types import Domains
 
 MicroBatch = dict[str, Tensor]
-"""Tensors of one forward pass: input_ids_BT, labels_BT, position_ids_BT, document_ids_BT, domain_ids_B, optionally what
-the host knows and the device would have to ask for (label_index_N, document_starts_C), and, for the proxy,
-reference_loss_BT."""
+"""Tensors of one forward pass: input_ids_BT, labels_BT, position_ids_BT, document_ids_BT, domain_ids_B (of a fine-tune,
+whose sequences mix domains: domain_ids_BT), optionally what the host knows and the device would have to ask for
+(label_index_N, document_starts_C), and, for the proxy, reference_loss_BT."""
 
 
 class StepRecord(NamedTuple):

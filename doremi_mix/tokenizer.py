@@ -182,10 +182,15 @@ def looks_like_marker(text: str) -> bool:
     return bool(_MARKER.fullmatch(text)) and not (html and _HTML_NAMES.fullmatch(html[1]))
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Returns the files of a folder that decide what ids a text gets."""
+    return [folder / file for file in _TOKENIZER_FILES if (folder / file).is_file()]
+
+
 def _load_folder(path: Path, name: str, *, trust_remote_code: bool) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return _load_json(path / "tokenizer.json", name)
-    files = [path / file for file in _TOKENIZER_FILES if (path / file).is_file()]
+    files = tokenizer_files(path)
     if (path / "tokenizer.model").is_file():
         return _load_sentencepiece(path / "tokenizer.model", name, settings=_read_settings(path), files=files)
     return _load_with_transformers(path, name, files, trust_remote_code=trust_remote_code)

@@ -62,6 +62,8 @@ class TrainingPlan:
         engine: how a step is run.
         final_share: of the peak learning rate, at the end of the cosine.
         betas: of AdamW.
+        warmup_from_zero: warm up as the Trainer of transformers does: the first step has learning rate 0, and the share
+            of the steps is rounded up.
     """
 
     stage: str
@@ -76,12 +78,16 @@ class TrainingPlan:
     embedding_learning_rate: float | None = None
     final_share: float = 0.1
     betas: tuple[float, float] = (0.9, 0.99)
+    warmup_from_zero: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         """Returns the learning rate of a step (from 0): a linear rise, then a cosine down to ``final_share``."""
-        warmup = max(1, round(self.warmup_share * self.steps))
+        exact = self.warmup_share * self.steps
+        # A training of one step must not be one of none.
+        from_zero = self.warmup_from_zero and math.ceil(exact) < self.steps
+        warmup = math.ceil(exact) if from_zero else max(1, round(exact))
         if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
+            return self.learning_rate * (step if from_zero else step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
         cosine = (1 + math.cos(math.pi * progress)) / 2
         return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)

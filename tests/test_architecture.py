@@ -37,6 +37,7 @@ SHELL = (
     "cluster",
     "cli_models",
     "finetune_plan",
+    "fingerprints",
 )
 CORE = [
     path

@@ -13,7 +13,7 @@ from conftest import changed, finetune, make_rows, read_log
 from doremi_mix.errors import ConfigError, DataError, ModelError
 from doremi_mix.pipeline import open_run
 from doremi_mix.run import RunDirectory
-from doremi_mix.stages import stage_states
+from doremi_mix.stages import run_pipeline, stage_states
 from doremi_mix.stages.mixture import read_mixture
 from doremi_mix.tokenizer import load_tokenizer
 from doremi_mix.tokens import CONTEST_TEMPLATE, count_tokens
@@ -254,6 +254,133 @@ def test_blocks_longer_than_all_there_is(drawn, finetune_settings, tmp_path):
         "no example to fine-tune on: expected at least 1 of 1 rows, got 0 (1 remainder of a group); a group of 1,000 "
         "rows must fill a block of 256 tokens: give more or longer rows, or choose another packing"
     )
+
+
+def state_of(run_dir, settings):
+    with open_run(run_dir, settings, quiet=True, needs_sources=False) as opened:
+        return stage_states(opened.config, opened.run)["finetune"]
+
+
+def test_a_run_outlives_its_main_model(drawn, finetune_settings, main_model, tmp_path):
+    """A model that moved away after the training blocks nothing; another tokenizer in its folder is seen."""
+    model = tmp_path / "model"
+    shutil.copytree(main_model, model)
+    settings = changed(finetune_settings, model=str(model), epochs=1)
+    finetune(drawn, tmp_path / "run", settings)
+    assert state_of(tmp_path / "run", settings) == "finished"
+    (model / "special_tokens_map.json").write_text('{"eos_token": "<reserved_107>"}')
+    assert state_of(tmp_path / "run", settings) == "outdated"
+    model.rename(tmp_path / "elsewhere")
+    assert state_of(tmp_path / "run", settings) == "finished"
+    with pytest.raises(ModelError, match=r"^finetune\.model: .* is no preset .*, no path that exists"):
+        finetune(drawn, tmp_path / "run", changed(settings, epochs=2))
+
+
+def test_stopped_while_it_tidies_up_it_can_go_on(drawn, tuned, finetune_settings, tmp_path, monkeypatch):
+    """What is left of the encoded examples must not pass for all of them."""
+    remove = shutil.rmtree
+
+    def half(folder, **options):
+        if folder.name != "examples":
+            remove(folder, **options)
+            return
+        (folder / "tokens.bin").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(drawn, tmp_path / "run", finetune_settings)
+    again = finetune(drawn, tmp_path / "run", finetune_settings)
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (tuned / name).read_bytes()
+    assert not (again / "examples").exists()
+
+
+def test_plain_text_is_trained_on_when_it_is_asked_for(small_settings, main_model, corpus, tmp_path, capsys):
+    """Under the contest's preset a domain of plain text comes to nothing, and this is said."""
+    texts = [{"text": row["output"] * 3} for row in make_rows("metal", 60, seed=3)]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts), encoding="utf-8")
+    settings = {
+        **small_settings,
+        "sources": [{"path": str(corpus / "fruit.json")}, {"path": str(tmp_path / "web.jsonl")}],
+        "tokenize": {"tokenizer": str(main_model), "context_length": 64, "max_example_tokens": 96},
+        "mixture": {"token_budget": 4_000},
+        "finetune": {"model": str(main_model), "batch_size": 8, "epochs": 1},
+    }
+    with open_run(tmp_path / "run", settings) as opened:
+        run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
+    said = capsys.readouterr().err
+    examples = json.loads((tmp_path / "run" / "finetune" / "metrics.json").read_text())["examples"]
+    drawn = json.loads((tmp_path / "run" / "mixture" / "allocation.json").read_text())["domains"]["web"]
+    assert examples["skipped"] == {"plain text": drawn["drawn_rows"]}
+    assert examples["tokens_by_domain"]["web"] == 0
+    assert (
+        f"WARNING: none of the {drawn['drawn_tokens']:,} tokens of web in the mixture is trained on; where it is plain "
+        "text: --set finetune.skip_plain_text=false"
+    ) in said
+    with open_run(tmp_path / "run", changed(settings, skip_plain_text=False), quiet=True) as opened:
+        run_pipeline(opened.config, opened.run, opened.narrator, opened.processes)
+    examples = json.loads((tmp_path / "run" / "finetune" / "metrics.json").read_text())["examples"]
+    assert examples["tokens_by_domain"]["web"] == drawn["drawn_tokens"]
+
+
+@pytest.fixture(scope="module")
+def gpt2(main_model, tmp_path_factory):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2") / "model"
+    shutil.copytree(main_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "conversion.json"))
+    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "evaluate", "kind", "message"),
+    [
+        (
+            {},
+            {},
+            ModelError,
+            "finetune.lora_target_modules: q_proj names no linear layer of the blocks of GPT2LMHeadModel; choose from "
+            "c_attn, c_fc, c_proj, or set finetune.preset=modern",
+        ),
+        (
+            {"preset": "modern", "max_example_tokens": 129},
+            {},
+            ConfigError,
+            "finetune.max_example_tokens is 129, but MODEL takes 128 tokens; lower it",
+        ),
+        (
+            {"preset": "modern"},
+            {"tasks": ["gsm8k"]},
+            ConfigError,
+            "evaluate.max_length is 1,024, but MODEL takes 128 tokens; lower it",
+        ),
+        (
+            {"preset": "modern"},
+            {"tasks": ["contest"], "task_folder": "nowhere"},
+            ConfigError,
+            "evaluate.task_folder: nowhere is no folder; give one with task files of lm-eval",
+        ),
+    ],
+)
+def test_a_main_model_that_does_not_fit_stops_a_run_before_it_starts(
+    finetune_settings, gpt2, tmp_path, monkeypatch, given, evaluate, kind, message
+):
+    monkeypatch.setattr("doremi_mix.checks.find_spec", lambda name: object())
+    settings = {**changed(finetune_settings, model=str(gpt2), **given), "evaluate": evaluate}
+    with pytest.raises(kind) as caught, open_run(tmp_path / "run", settings, quiet=True):
+        pass
+    assert str(caught.value) == message.replace("MODEL", str(gpt2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_causal_model_can_be_tuned(drawn, finetune_settings, gpt2, tmp_path):
+    folder = finetune(drawn, tmp_path / "run", changed(finetune_settings, model=str(gpt2), preset="modern", epochs=1))
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == ["c_attn", "c_fc", "c_proj"]
 
 
 def test_settings_of_the_presets(finetune_settings, tmp_path):

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from doremi_mix.dro import GroupDRO
 from doremi_mix.engine import make_accelerator
@@ -91,3 +92,21 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
     assert rates[:10].tolist() == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert (np.diff(rates[10:]) < 0).all()
     assert rates[-1] == pytest.approx(0.1, abs=0.001)
+
+
+@pytest.mark.parametrize(("num_steps", "share", "warmup"), [(110, 0.03, 4), (90, 0.03, 3), (7, 0.03, 1), (100, 0, 0)])
+def test_learning_rate_as_the_trainer_of_transformers_has_it(num_steps, share, warmup):
+    """From zero, the share of the steps rounded up, a cosine to zero."""
+    plan = TrainingPlan("finetune", num_steps, 2.0, share, 0.0, 1.0, 1, 5, final_share=0.0, warmup_from_zero=True)
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0), warmup, num_steps
+    )
+    for step in range(num_steps):
+        assert plan.learning_rate_at(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        schedule.optimizer.step()
+        schedule.step()
+
+
+def test_a_training_of_one_step_is_one():
+    plan = TrainingPlan("finetune", 1, 2.0, 0.03, 0.0, 1.0, 1, 1, final_share=0.0, warmup_from_zero=True)
+    assert plan.learning_rate_at(0) == 2.0

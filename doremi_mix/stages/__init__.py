@@ -15,14 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from doremi_mix.config import MIXTURE_WORDS, Config
+from doremi_mix.config import Config
 from doremi_mix.distributed import Processes
 from doremi_mix.errors import ConfigError, DoremiMixError, RunDirectoryError, StageNotFinishedError
-from doremi_mix.presets import PRESETS
+from doremi_mix.fingerprints import (
+    analyze_settings,
+    compare_settings,
+    draw_settings,
+    evaluate_settings,
+    filter_settings,
+    filters,
+    finetune_reads,
+    finetune_settings,
+    load_settings,
+    mixture_reads,
+    mixture_settings,
+    model_settings,
+    proxy_settings,
+    reference_outputs,
+    rows_reads,
+    tokenize_settings,
+    weights_settings,
+)
 from doremi_mix.progress import Narrator, format_seconds
 from doremi_mix.replicas import PER_REPLICA, Replica, is_last, read_round, replicas, replicas_of_round
-from doremi_mix.run import RunDirectory, fingerprint, read_json
-from doremi_mix.sources.files import sha256_of
+from doremi_mix.run import RunDirectory, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,164 +95,18 @@ class Stage:
         return run.manifest(self.name) if all((folder / name).exists() for name in outputs) else None
 
 
-def _load_settings(config: Config) -> Any:
-    from doremi_mix.stages.load import describe_sources
-
-    return {"sources": describe_sources(config), "load": config.load.result_settings()}
-
-
-def _tokenize_settings(config: Config) -> Any:
-    settings = config.tokenize.result_settings()
-    if config.tokenize.tokenizer is not None:
-        settings["tokenizer"] = contents_of(config.tokenize.tokenizer)
-        settings.pop("vocab_size")
-    return settings
-
-
-def _model_settings(config: Config, section: str) -> Any:
-    settings = getattr(config, section).result_settings()
-    # A preset is a preset, also where a folder of its name lies about.
-    return settings if settings["model"] in PRESETS else {**settings, "model": contents_of(settings["model"])}
-
-
-def _analyze_settings(config: Config) -> Any:
-    from doremi_mix.filtering import filter_plan
-
-    tokenizer = config.tokenize.tokenizer
-    return {
-        "analyze": config.analyze.result_settings(),
-        "compared_by": filter_plan(config.filter).exact_duplicates or "spaces",
-        "tokenizer": None if tokenizer is None else contents_of(tokenizer),
-    }
-
-
-def _filter_settings(config: Config) -> Any:
-    """The plan as it was settled, and what of the settings decides scores."""
-    from dataclasses import asdict
-
-    from doremi_mix.filtering import filter_plan, score_settings
-
-    plan = asdict(filter_plan(config.filter))
-    del plan["notes"]
-    for rule in plan["rules"]:
-        del rule["source"]
-    return {"plan": plan, "priority": list(config.filter.priority), "scores": score_settings(config)}
-
-
-def filters(config: Config) -> bool:
-    """Says whether the configuration filters anything; if not, the stages after it read what was loaded."""
-    from doremi_mix.filtering import filter_plan
-
-    return not filter_plan(config.filter).is_empty
-
-
-def rows_stage(config: Config) -> str:
-    """Returns the stage whose rows are trained on: filter, or load where nothing is filtered."""
-    return "filter" if filters(config) else "load"
-
-
-def _rows_reads(config: Config) -> tuple[str, ...]:
-    return (rows_stage(config),)
-
-
-def _reference_outputs(folder: Path) -> tuple[str, ...]:
-    """Returns the files of the stage, with the model and the log of each fold."""
-    from doremi_mix.folds import fold_names
-
-    path = folder / "folds.json"
-    parts = fold_names(read_json(path)["num_folds"]) if path.exists() else ()
-    of_folds = [str(Path(part, name)) for part in parts for name in ("model", "metrics.jsonl")]
-    return (path.name, "weights.json", "metrics.json", *of_folds)
-
-
-def _draw_settings(config: Config) -> Any:
-    """What decides which sequences the proxy draws, and so whose reference losses are needed."""
-    return config.proxy.model_dump(include={"method", "seed", "steps", "batch_size"})
-
-
-def _proxy_settings(config: Config) -> Any:
-    settings = _model_settings(config, "proxy")
-    if config.proxy.method == "headroom":
-        # A budget decides how long such a proxy trains, and caps only the exported weights.
-        del settings["token_budget"]
-        return settings
-    return {**settings, **_cap_settings(config)}
-
-
-def _weights_settings(config: Config) -> Any:
-    return {**config.weights.result_settings(), **_cap_settings(config)}
-
-
-def _cap_settings(config: Config) -> dict[str, Any]:
-    """The cap on epochs changes weights only under a budget."""
-    budget = config.proxy.token_budget
-    return {} if budget is None else {"token_budget": budget, "max_epochs": config.mixture.max_epochs}
-
-
-def _compare_settings(config: Config) -> Any:
-    settings = _model_settings(config, "compare")
-    also = {name: contents_of(path) for name, path in config.compare.also.items()}
-    return {**settings, "also": also, "mixture": _budget_settings(config)}
-
-
-def _budget_settings(config: Config) -> Any:
-    return config.mixture.model_dump(include={"token_budget", "max_epochs"})
-
-
-def _mixture_settings(config: Config) -> Any:
-    settings = config.mixture.result_settings()
-    if settings["weights"] not in MIXTURE_WORDS:
-        settings["weights"] = contents_of(config.compare.also.get(settings["weights"], settings["weights"]))
-    if settings["weights"] == "temperature":
-        settings["temperature"] = config.compare.temperature
-    return settings
-
-
-def _mixture_reads(config: Config) -> tuple[str, ...]:
-    wanted = {"learned": ("weights",), "best": ("weights", "compare")}.get(config.mixture.weights, ())
-    return (*_rows_reads(config), *wanted)
-
-
-def _finetune_settings(config: Config) -> Any:
-    section = config.finetune
-    model = None
-    if section.model is not None:
-        from doremi_mix.adapters import base_fingerprint
-
-        # Reading all of a large model each time somebody asks for the status would take minutes.
-        model = base_fingerprint(section.model) or section.model
-    tokenizer = section.tokenizer if section.tokenizer != section.model else None
-    files = {"model": model, "tokenizer": _contents_or_none(tokenizer), "data": _contents_or_none(section.data)}
-    template = config.tokenize.model_dump(include={"preamble", "turn"})
-    return {**section.result_settings(), **files, "template": template}
-
-
-def _finetune_reads(config: Config) -> tuple[str, ...]:
-    return ("mixture", *_rows_reads(config)) if config.finetune.data is None else ()
-
-
-def _evaluate_settings(config: Config) -> Any:
-    section = config.evaluate
-    folders = {name: _contents_or_none(getattr(section, name)) for name in ("task_folder", "semi_final_task_folder")}
-    return {**section.result_settings(), **folders}
-
-
-def _contents_or_none(name_or_path: str | None) -> Any:
-    return None if name_or_path is None else contents_of(name_or_path)
-
-
 STAGES: tuple[Stage, ...] = (
     Stage(
         "load",
         (),
-        _load_settings,
+        load_settings,
         "read every source into one schema",
         outputs=("summary.json", "rejections.parquet"),
     ),
     Stage(
         "analyze",
         ("load",),
-        _analyze_settings,
+        analyze_settings,
         "what the loaded rows are like: lengths, languages, duplicates, quantiles of every score",
         outputs=("statistics.json",),
         in_run=lambda config: config.analyze.in_run or filters(config),
@@ -243,7 +114,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "filter",
         ("load",),
-        _filter_settings,
+        filter_settings,
         "keep the rows that pass: duplicates, rules, language models, diversity",
         outputs=("summary.json", "rejections.parquet"),
         in_run=filters,
@@ -251,26 +122,26 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "tokenize",
         (),
-        _tokenize_settings,
+        tokenize_settings,
         "text to packed token sequences, and the held-out split",
-        version=2,
+        version=3,
         outputs=("domains.json", "tokenizer.json", "tokens.bin", "loss_mask.bin", "sequence_documents.npy"),
-        also_reads=_rows_reads,
+        also_reads=rows_reads,
     ),
     Stage(
         "reference",
         ("tokenize",),
-        lambda config: _model_settings(config, "reference"),
+        lambda config: model_settings(config, "reference"),
         "train the reference model on the reference weights",
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
-        outputs=_reference_outputs,
+        outputs=reference_outputs,
     ),
     Stage(
         "reference_losses",
         ("tokenize", "reference"),
-        _draw_settings,
+        draw_settings,
         "score with the reference model what the proxy model will draw",
         resumable=True,
         parallel=True,
@@ -280,7 +151,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "proxy",
         ("tokenize", "reference_losses"),
-        _proxy_settings,
+        proxy_settings,
         "train the proxy model, whose excess losses over the reference model become domain weights",
         resumable=True,
         parallel=True,
@@ -290,14 +161,14 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "weights",
         ("tokenize", "reference", "proxy"),
-        _weights_settings,
+        weights_settings,
         "average the trajectories of all seeds into domain weights, and say how sure they are",
         outputs=("domain_weights.json", "weights.png", "trajectory.png"),
     ),
     Stage(
         "compare",
         ("tokenize", "weights"),
-        _compare_settings,
+        compare_settings,
         "train small models on the learned mixture and on plain ones, and say whether it helps",
         resumable=True,
         parallel=True,
@@ -307,33 +178,33 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "mixture",
         ("tokenize",),
-        _mixture_settings,
+        mixture_settings,
         "draw the training set under the token budget",
         version=2,
         outputs=("mixture.jsonl", "rows.npy", "ratio.json", "allocation.json"),
-        also_reads=_mixture_reads,
+        also_reads=mixture_reads,
         in_run=lambda config: config.mixture.token_budget is not None,
     ),
     Stage(
         "finetune",
         (),
-        _finetune_settings,
+        finetune_settings,
         "train LoRA adapters over the main model on the mixture",
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
         outputs=("adapter", "metrics.json"),
-        also_reads=_finetune_reads,
+        also_reads=finetune_reads,
         in_run=lambda config: config.finetune.model is not None,
     ),
     Stage(
         "evaluate",
         ("tokenize", "finetune"),
-        _evaluate_settings,
+        evaluate_settings,
         "held-out loss and benchmarks of the main model, before and after the fine-tune",
         resumable=True,
         outputs=("metrics.json",),
-        also_reads=_rows_reads,
+        also_reads=rows_reads,
         in_run=lambda config: config.finetune.model is not None,
     ),
 )
@@ -373,9 +244,14 @@ def wanted_fingerprint(stage: Stage, config: Config, run: RunDirectory) -> str:
 
 
 def _is_taken_as_it_is(stage: Stage, config: Config) -> bool:
-    """Says whether what a stage was made from may be gone by now: the sources of load, the models of filter."""
+    """Says whether what a stage was made from may be gone by now: the sources of load, models, a fine-tune's data."""
     from doremi_mix.filtering import inputs_are_here
 
+    if stage.name == "finetune":
+        return any(
+            name is not None and Path(name).is_absolute() and not Path(name).exists()
+            for name in (config.finetune.model, config.finetune.tokenizer, config.finetune.data)
+        )
     return stage.name == "load" or (stage.name == "filter" and not inputs_are_here(config))
 
 
@@ -431,6 +307,10 @@ def run_stage(
                 importlib.import_module("doremi_mix.stages.compare").restore_verdict(run)
         narrator.say(f"{stage.name}{label}: up to date")
         return False
+    if stage.name in ("finetune", "evaluate"):
+        from doremi_mix.checks import check_main_model
+
+        check_main_model(config)
     start = time.monotonic()
     if processes.is_main:
         run.begin(stage.name, wanted, resumable=stage.resumable)
@@ -486,8 +366,8 @@ _LESS_AT_ONCE = (
 _MORE_MEMORY = {
     "reference": _LESS_AT_ONCE.format("reference"),
     "proxy": _LESS_AT_ONCE.format("proxy"),
-    "finetune": "set finetune.gradient_checkpointing=true or lower finetune.micro_batch_size (the result stays the "
-    "same), or set finetune.quantization=4bit",
+    "finetune": "set finetune.gradient_checkpointing=true, give a smaller finetune.micro_batch_size (only which inputs "
+    "the dropout drops changes with it), or set finetune.quantization=4bit",
     "evaluate": "lower evaluate.batch_size or evaluate.max_length",
 }
 
@@ -598,17 +478,3 @@ def _state(stage: Stage, config: Config, run: RunDirectory) -> str:
 def _remove_scratch(stage: Stage, run: RunDirectory) -> None:
     for name in stage.scratch:
         (run.stage_path(stage.name) / name).unlink(missing_ok=True)
-
-
-def contents_of(name_or_path: str) -> Any:
-    """Returns the sha256 of each file of a local model or tokenizer; the name itself for one on the hub."""
-    path = Path(name_or_path).expanduser()
-    if not path.exists():
-        return name_or_path
-    if path.is_file():
-        return {path.name: sha256_of(path)}
-    # Encoders keep their pooling in a subfolder; hidden files are those of downloads.
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    names = [file.relative_to(path) for file in files]
-    shown = [(name, file) for name, file in zip(names, files, strict=True) if not name.parts[0].startswith(".")]
-    return {str(name): sha256_of(file) for name, file in shown}

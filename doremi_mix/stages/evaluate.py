@@ -1,8 +1,9 @@
 """Stage evaluate: the main model before and after the fine-tune, by held-out loss and by benchmarks.
 
 Writes ``metrics.json``: for every domain the loss on held-out examples of the base, of the tuned model, and their
-difference; for every benchmark both scores and their ratio; and for the contest's seven tasks its score.  The scores of
-single tasks lie in ``preliminary/`` and ``semi_final/``, so that an evaluation that was stopped goes on.
+difference; for every benchmark both scores and their ratio; and for the contest's seven tasks its score.  The scores
+of single tasks lie in ``preliminary/`` and ``semi_final/``, so that an evaluation that was stopped goes on; those of
+the base model lie in ``base_scores/`` of the run, so that another fine-tune does not score it again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from doremi_mix.adapters import adapters_disabled
+from doremi_mix.adapters import adapters_disabled, base_fingerprint
+from doremi_mix.baichuan.tokenizer import load_hf_tokenizer
 from doremi_mix.benchmarks import (
     CONTEST_TASKS,
     ContestScore,
@@ -28,23 +29,27 @@ from doremi_mix.benchmarks import (
     published_base,
     summarize_scores,
 )
-from doremi_mix.engine import EngineSettings, has_bf16, make_accelerator, prepare_to_score, to_device, with_host_facts
+from doremi_mix.engine import EngineSettings, has_bf16, make_accelerator, prepare_to_score
 from doremi_mix.errors import DataError
 from doremi_mix.evaluation import score_sequences, summarize_losses
-from doremi_mix.finetune_data import ExampleStore, SequenceStore, write_examples
+from doremi_mix.finetune_data import ExampleStore, SequenceStore, remove_examples, write_examples
+from doremi_mix.fingerprints import evaluate_settings, rows_stage, tokenizer_contents
 from doremi_mix.models import TokenLossModel, load_trained
-from doremi_mix.objectives import counted, forward
-from doremi_mix.run import read_json, write_json
-from doremi_mix.stages import StageContext, rows_stage
+from doremi_mix.objectives import MicroBatch
+from doremi_mix.run import fingerprint, read_json, write_json
+from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_examples_at
 from doremi_mix.stages.tokenize import make_template
-from doremi_mix.stages.training import number_or_none, open_store
+from doremi_mix.stages.training import make_scorer, number_or_none, open_store
 from doremi_mix.tokenizer import load_tokenizer
 from doremi_mix.types import Example
 
 if TYPE_CHECKING:
     from doremi_mix.harness import LoadedTask
 
+HELD_OUT = "held_out"
+BASE_SCORES = "base_scores"
+"""Of the run directory: the base model's scores, which outlive a changed fine-tune."""
 SCORE_BATCH = 4
 """Held-out examples in a forward pass; they are short, and a whole domain takes seconds."""
 ROUNDS = {"preliminary": "task_folder", "semi_final": "semi_final_task_folder"}
@@ -56,6 +61,7 @@ def run(context: StageContext) -> str:
     section, finetune = context.config.evaluate, context.config.finetune
     # Everything that can fail before a large model is loaded.
     tasks = _load_tasks(context)
+    tokenizer = load_hf_tokenizer(str(finetune.tokenizer or finetune.model)) if tasks else None
     held_out = _held_out(context) if section.held_out_examples else None
     accelerator = make_accelerator()
     model = load_trained(
@@ -68,8 +74,9 @@ def run(context: StageContext) -> str:
     )
     model = prepare_to_score(model, EngineSettings(), accelerator, alone=True)
     losses = {} if held_out is None else _held_out_losses(context, model, accelerator, *held_out)
-    scores = _benchmarks(context, model, accelerator, tasks)
+    scores = _benchmarks(context, model, tokenizer, accelerator, tasks)
     metrics: dict[str, Any] = {
+        "trained_on": finetune.data or "mixture",
         "held_out_loss": losses,
         "held_out_loss_average": _average(losses),
         "tasks": {name: _describe_tasks(context, of_round) for name, of_round in tasks.items()},
@@ -77,6 +84,7 @@ def run(context: StageContext) -> str:
         "final": _final(scores),
     }
     write_json(context.folder / "metrics.json", metrics)
+    remove_examples(context.folder / HELD_OUT)
     return _line(metrics)
 
 
@@ -121,16 +129,20 @@ def _describe_tasks(context: StageContext, tasks: Mapping[str, LoadedTask]) -> d
 
 
 def _benchmarks(
-    context: StageContext, model: TokenLossModel, accelerator: Any, rounds: Mapping[str, Mapping[str, LoadedTask]]
+    context: StageContext,
+    model: TokenLossModel,
+    tokenizer: Any,
+    accelerator: Any,
+    rounds: Mapping[str, Mapping[str, LoadedTask]],
 ) -> dict[str, tuple[dict[str, TaskScore], dict[str, TaskScore]]]:
     """Returns the scores of base and tuned model by round and task."""
     if not rounds:
         return {}
-    from doremi_mix.baichuan.tokenizer import load_hf_tokenizer
     from doremi_mix.harness import choose_shots, count_requests, run_task, wrap_model
 
-    section, finetune = context.config.evaluate, context.config.finetune
-    tokenizer = load_hf_tokenizer(str(finetune.tokenizer or finetune.model))
+    section = context.config.evaluate
+    # lm-eval calls the model itself, and tells it nothing of documents.
+    model.attention = "sdpa"
     wrapped = wrap_model(
         model.model,
         tokenizer,
@@ -165,14 +177,36 @@ def _benchmarks(
                 by_model.append(published_base())
                 continue
             with adapters_disabled(model.model) if whose == "base" else contextlib.nullcontext():
+                place = _base_folder(context, name) if whose == "base" else folder
+                place.mkdir(parents=True, exist_ok=True)
                 by_model.append(
                     {
-                        task_name: score(folder / f"{whose}-{task_name}.json", task, f"{task_name} {whose}")
+                        task_name: score(place / f"{task_name}.json", task, f"{task_name} {whose}")
                         for task_name, task in tasks.items()
                     }
                 )
         results[name] = (by_model[0], by_model[1])
     return results
+
+
+def _base_folder(context: StageContext, name: str) -> Path:
+    """Returns where the base model's scores are kept: another adapter does not change them.
+
+    Args:
+        context: of the stage.
+        name: of the contest's round.
+    """
+    finetune = context.config.finetune
+    assert finetune.model is not None
+    settings = evaluate_settings(context.config)
+    key = {name: settings[name] for name in ("num_fewshot", "limit", "max_length", "seed", "lm_eval")} | {
+        "model": base_fingerprint(finetune.model) or finetune.model,
+        "tokenizer": tokenizer_contents(finetune.tokenizer or finetune.model),
+        "quantization": finetune.quantization,
+        "bf16": has_bf16(),
+        "tasks": settings[ROUNDS[name]],
+    }
+    return context.run.path / BASE_SCORES / fingerprint(key)[:16]
 
 
 def _final(
@@ -202,14 +236,11 @@ def _held_out_losses(
     """Returns by domain the loss of base and tuned model on held-out examples, and the difference (tuned - base)."""
     with context.narrator.track("held-out loss", 2 * len(domain_ids), "examples") as tracker:
 
-        def score(ids: NDArray[np.int64]) -> Tensor:
-            batch = {name: torch.from_numpy(array) for name, array in sequences.batch(ids).items()}
-            batch = to_device(with_host_facts(batch, model), accelerator.device)
-            with accelerator.autocast():
-                loss_BT = forward(model, batch)
+        def read(ids: NDArray[np.int64]) -> MicroBatch:
             tracker.advance(len(ids))
-            return torch.stack([loss_BT.double().sum(1), counted(batch).sum(1).double()], dim=1)
+            return {name: torch.from_numpy(array) for name, array in sequences.batch(ids).items()}
 
+        score = make_scorer(model, accelerator, read)
         ids = np.arange(len(domain_ids))
         tuned_N2 = score_sequences(ids, score, SCORE_BATCH)
         with adapters_disabled(model.model):
@@ -267,7 +298,7 @@ def _held_out(context: StageContext) -> tuple[tuple[str, ...], NDArray[np.int64]
             for examples in read_examples_at(rows_folder, name, chosen):
                 yield examples, [domain_id] * len(examples)
 
-    folder = context.folder / "held_out"
+    folder = context.folder / HELD_OUT
     folder.mkdir(exist_ok=True)
     write_examples(
         batches(),

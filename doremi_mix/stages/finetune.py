@@ -8,31 +8,39 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from transformers import AutoConfig
 
-from doremi_mix.adapters import is_adapter_folder, num_trainable_parameters, set_adapter_dropout
+from doremi_mix.adapters import num_trainable_parameters, set_adapter_dropout
 from doremi_mix.batches import EpochSchedule
-from doremi_mix.checkpoints import whole_state
 from doremi_mix.config import FinetuneConfig
-from doremi_mix.engine import EngineSettings, is_sharded
-from doremi_mix.errors import ConfigError
-from doremi_mix.finetune_data import ExampleCounts, ExampleStore, SequenceStore, write_examples
+from doremi_mix.costs import ModelShape, training_memory
+from doremi_mix.engine import EngineSettings, has_bf16
+from doremi_mix.errors import ConfigError, ModelError
+from doremi_mix.finetune_data import (
+    ExampleCounts,
+    ExampleStore,
+    SequenceStore,
+    is_complete,
+    remove_examples,
+    write_examples,
+)
 from doremi_mix.finetune_plan import BETAS, finetune_lora, micro_batches
-from doremi_mix.models import TokenInfo, TokenLossModel, build_model, num_parameters, save_model
+from doremi_mix.fingerprints import rows_stage
+from doremi_mix.models import TokenInfo, TokenLossModel, build_model, num_parameters
 from doremi_mix.objectives import FinetuneObjective, MicroBatch
-from doremi_mix.plan import tokens_that_fit
+from doremi_mix.plan import MICRO_BATCH_TOKENS, UNKNOWN_MODEL_TOKENS, tokens_that_fit
 from doremi_mix.run import read_json, write_json
 from doremi_mix.sources import Source, open_source
-from doremi_mix.stages import StageContext, rows_stage
+from doremi_mix.stages import StageContext
 from doremi_mix.stages.mixture import read_mixture
 from doremi_mix.stages.tokenize import make_template
-from doremi_mix.stages.training import make_trackers
+from doremi_mix.stages.training import make_trackers, save_trained
 from doremi_mix.tokenizer import Tokenizer, load_tokenizer
 from doremi_mix.train import METRICS, TrainingPlan, train
 from doremi_mix.types import Example
@@ -42,6 +50,8 @@ EXAMPLES = "examples"
 CHUNK_SIZE = 512
 CPU_TOKENS = 16_384
 """Tokens in one forward pass on a CPU at most."""
+LEAST_TOKENS = 512
+"""Tokens in one forward pass on a GPU that is tried, however small its memory."""
 
 
 def run(context: StageContext) -> str:
@@ -77,6 +87,7 @@ def run(context: StageContext) -> str:
         engine=engine,
         final_share=0.0,
         betas=BETAS,
+        warmup_from_zero=True,
     )
 
     def read(ids: NDArray[Any]) -> MicroBatch:
@@ -90,10 +101,10 @@ def run(context: StageContext) -> str:
             model, objective, schedule, read, plan, context.folder, tracker, trackers, schedule.num_tokens
         )
     set_adapter_dropout(model.model, on=False)
-    _save(model, engine, accelerator, context.folder / ADAPTER)
+    save_trained(model, engine, accelerator, context.folder / ADAPTER)
     if context.processes.is_main:
         _write_metrics(context, counts, sequences, schedule, model)
-        shutil.rmtree(context.folder / EXAMPLES)
+        remove_examples(context.folder / EXAMPLES)
     return (
         f"{schedule.num_steps:,} steps on {counts.num_kept:,} examples, {counts.num_tokens:,} tokens; "
         f"adapter in {context.run.stage_path('finetune') / ADAPTER}"
@@ -108,8 +119,6 @@ def finetune_model(section: FinetuneConfig, tokenizer: Tokenizer, adapter: str) 
         tokenizer: of the model.
         adapter: what to call the adapter.
     """
-    from doremi_mix.engine import has_bf16
-
     assert section.model and section.max_example_tokens
     return build_model(
         section.model,
@@ -136,7 +145,7 @@ def _encode(context: StageContext, tokenizer: Tokenizer, names: tuple[str, ...])
     """Writes the examples as tokens, unless an earlier process did; the first process works, all wait."""
     section = context.config.finetune
     folder = context.folder / EXAMPLES
-    if context.processes.is_main and not (folder / "examples.json").exists():
+    if context.processes.is_main and not is_complete(folder):
         assert section.max_example_tokens and section.packing
         folder.mkdir(exist_ok=True)
         with context.narrator.track("encode", None, "rows") as tracker:
@@ -147,7 +156,7 @@ def _encode(context: StageContext, tokenizer: Tokenizer, names: tuple[str, ...])
                 make_template(context.config.tokenize),
                 max_example_tokens=section.max_example_tokens,
                 token_budget=section.token_budget,
-                skip_empty_query=section.preset == "contest",
+                skip_empty_query=bool(section.skip_plain_text),
                 packing=section.packing,
                 advance=tracker.advance,
             )
@@ -187,11 +196,34 @@ def _micro_batches(
         gradient_checkpointing=bool(section.gradient_checkpointing),
         trust_remote_code=section.trust_remote_code,
     )
-    if not torch.cuda.is_available():
-        # Attention on a CPU holds a score for every pair of tokens.
-        tokens = min(tokens, CPU_TOKENS)
+    # Attention on a CPU holds a score for every pair of tokens.
+    tokens = min(tokens, _tokens_in_memory(section) if torch.cuda.is_available() else CPU_TOKENS)
     size = max(1, tokens // int(sequences.lengths_S.max()))
     return micro_batches(section, schedule.smallest_batch, context.processes.count, size)
+
+
+def _tokens_in_memory(section: FinetuneConfig) -> int:
+    """Returns the tokens of the largest pass whose counted memory leaves a tenth of the GPU's free."""
+    settings = AutoConfig.from_pretrained(section.model, trust_remote_code=section.trust_remote_code).to_dict()
+    try:
+        shape = ModelShape.from_config(settings)
+    except ModelError:  # not Llama-like
+        return UNKNOWN_MODEL_TOKENS
+    bits = {"none": 16, "8bit": 8, "4bit": 4}[section.quantization]
+    tokens = MICRO_BATCH_TOKENS
+    available = 0.9 * torch.cuda.get_device_properties(0).total_memory
+    while tokens > LEAST_TOKENS:
+        parts = training_memory(
+            shape,
+            tokens_per_pass=tokens,
+            lora=finetune_lora(section),
+            gradient_checkpointing=bool(section.gradient_checkpointing),
+            base_bits=bits,
+        )
+        if sum(parts.values()) < available:
+            break
+        tokens //= 2
+    return tokens
 
 
 def _describe(
@@ -210,6 +242,14 @@ def _describe(
         f"  {counts.num_kept:,} of {counts.num_rows:,} rows, {counts.num_tokens:,} tokens "
         f"({counts.num_truncated:,} rows {cut}){note}"
     )
+    if section.data is not None:
+        say("  note: rows of it may be among the run's held-out ones, whose losses evaluate would then find too good")
+    for name, drawn in _drawn_tokens(context).items():
+        if drawn and not counts.num_tokens_by_domain.get(domain_names(context).index(name)):
+            say(
+                f"  WARNING: none of the {drawn:,} tokens of {name} in the mixture is trained on; where it is plain "
+                "text: --set finetune.skip_plain_text=false"
+            )
     say(
         f"  {sequences.num_sequences:,} sequences x {section.epochs} epochs = {schedule.num_steps:,} steps of "
         f"{schedule.smallest_batch:,}"
@@ -221,13 +261,12 @@ def _describe(
     )
 
 
-def _save(model: TokenLossModel, engine: EngineSettings, accelerator: Any, target: Path) -> None:
-    whole = whole_state(model) if is_sharded(engine, accelerator.num_processes) else None
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        save_model(model, target, whole)
-        assert is_adapter_folder(target)
-    accelerator.wait_for_everyone()
+def _drawn_tokens(context: StageContext) -> dict[str, int]:
+    """Returns the tokens of each domain in the run's mixture; none where the data come from elsewhere."""
+    if context.config.finetune.data is not None:
+        return {}
+    domains = read_json(context.run.stage_path("mixture") / "allocation.json")["domains"]
+    return {name: domain["drawn_tokens"] for name, domain in domains.items()}
 
 
 def _write_metrics(

@@ -28,7 +28,7 @@ from doremi_mix.evaluation import score_sequences, summarize_losses
 from doremi_mix.folds import Folds
 from doremi_mix.mixture import natural_weights, uniform_weights
 from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model, undo_compile
-from doremi_mix.objectives import Objective, counted, forward
+from doremi_mix.objectives import MicroBatch, Objective, counted, forward
 from doremi_mix.plan import accumulation, base_dtype, new_model
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.shrinkage import max_weights
@@ -166,7 +166,7 @@ def train_and_score(
         The trained model and the held-out loss of each domain.
     """
     model, accelerator = train_model(context, section, objective, schedule, reference_losses, part)
-    _save(model, engine_settings(section), accelerator, context.folder / part / "model")
+    save_trained(model, engine_settings(section), accelerator, context.folder / part / "model")
     store = open_store(context.run)
     return model, summarize_held_out(store, score_held_out(store, model, accelerator))
 
@@ -255,8 +255,8 @@ def make_trackers(context: StageContext, settings_shown: Mapping[str, Any], stag
     return open_them
 
 
-def _save(model: TokenLossModel, engine: EngineSettings, accelerator: Any, target: Path) -> None:
-    """Writes the trained model in Hugging Face layout, whole, whatever process holds which part."""
+def save_trained(model: TokenLossModel, engine: EngineSettings, accelerator: Any, target: Path) -> None:
+    """Writes a trained model in Hugging Face layout, or its adapter in peft's, whole whatever process holds a part."""
     whole = whole_state(model) if is_sharded(engine, accelerator.num_processes) else None
     if accelerator.is_main_process:
         shutil.rmtree(target, ignore_errors=True)
@@ -271,19 +271,33 @@ def held_out_ids(store: TokenStore) -> NDArray[np.int64]:
 
 def score_held_out(store: TokenStore, model: TokenLossModel, accelerator: Any) -> NDArray[np.float64]:
     """Returns the sum of losses and the number of tokens of every held-out sequence, shape [N, 2]."""
-
-    def score(ids: NDArray[np.int64]) -> Tensor:
-        batch = to_device(with_host_facts(load_batch(store, ids), model), accelerator.device)
-        with accelerator.autocast():
-            loss_BT = forward(model, batch)
-        return torch.stack([loss_BT.double().sum(1), counted(batch).sum(1).double()], dim=1)
-
+    score = make_scorer(model, accelerator, lambda ids: load_batch(store, ids))
     batch_size = max(1, SCORE_TOKENS // store.context_length)
     mine = score_sequences(held_out_ids(store), score, batch_size, accelerator.process_index, accelerator.num_processes)
     scores_N2: NDArray[np.float64] = (
         accelerator.reduce(torch.from_numpy(mine).to(accelerator.device), "sum").cpu().numpy()
     )
     return scores_N2
+
+
+def make_scorer(
+    model: TokenLossModel, accelerator: Any, read: Callable[[NDArray[np.int64]], MicroBatch]
+) -> Callable[[NDArray[np.int64]], Tensor]:
+    """Returns what scores sequences for ``evaluation.score_sequences``.
+
+    Args:
+        model: on its device.
+        accelerator: of this process.
+        read: makes a micro-batch from sequence ids.
+    """
+
+    def score(ids: NDArray[np.int64]) -> Tensor:
+        batch = to_device(with_host_facts(read(ids), model), accelerator.device)
+        with accelerator.autocast():
+            loss_BT = forward(model, batch)
+        return torch.stack([loss_BT.double().sum(1), counted(batch).sum(1).double()], dim=1)
+
+    return score
 
 
 def summarize_held_out(store: TokenStore, scores_N2: NDArray[np.float64]) -> dict[str, DomainLoss]:

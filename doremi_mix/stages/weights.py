@@ -22,12 +22,13 @@ import doremi_mix
 from doremi_mix.config import Config
 from doremi_mix.diagnostics import Diagnosis, diagnose
 from doremi_mix.errors import DataError
+from doremi_mix.fingerprints import rows_stage
 from doremi_mix.mixture import natural_weights, temperature_weights, uniform_weights
 from doremi_mix.replicas import Replica, rounds
 from doremi_mix.report.plots import plot_trajectory, plot_weights
 from doremi_mix.run import RunDirectory, read_json, write_json
 from doremi_mix.shrinkage import cap_weights, shrink_by_evidence, shrink_weights
-from doremi_mix.stages import StageContext, rows_stage
+from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_summary
 from doremi_mix.stages.training import available_tokens, open_store, read_columns, weight_caps
 from doremi_mix.store import TokenStore
