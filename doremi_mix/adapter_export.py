@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doremi_mix.adapter_matrices import Pair, end_of, new_folder, read_adapter, write_adapter
+from doremi_mix.adapter_matrices import Pair, copy_file, end_of, new_folder, read_adapter, write_adapter
 from doremi_mix.adapters import (
     CONFIG,
     RECORD,
@@ -116,23 +115,27 @@ def describe_adapter(adapter: Path) -> dict[str, Any]:
     }
 
 
-def copy_adapter(adapter: Path, target: Path, base: str) -> None:
+def copy_adapter(adapter: Path, target: Path, base: str | None = None) -> None:
     """Copies an adapter in peft's layout, with another place of its base.
 
     Args:
         adapter: its folder.
         target: the folder to make.
-        base: what loads the base model.
+        base: what loads the base model: a path or a name on the hub; None for what the adapter names.
 
     Raises:
-        ModelError: it is no LoRA adapter, or the target exists.
+        ModelError: it is no LoRA adapter, it is for another base, or the target exists.
+        RunDirectoryError: the target cannot be written.
     """
     config, _ = read_adapter(adapter)
+    if base is not None:
+        check_base(adapter, base_fingerprint(base))
+        config["base_model_name_or_path"] = _place(base)
     with new_folder(target) as folder:
-        write_json(folder / CONFIG, {**config, "base_model_name_or_path": base})
+        write_json(folder / CONFIG, config)
         for name in (WEIGHTS, RECORD):
             if (adapter / name).exists():
-                shutil.copyfile(adapter / name, folder / name)
+                copy_file(adapter / name, folder / name)
 
 
 def merge_adapter(
@@ -157,6 +160,7 @@ def merge_adapter(
 
     Raises:
         ModelError: the adapter is for another base, one of them cannot be read or merged, or the target exists.
+        RunDirectoryError: the target cannot be written.
     """
     config, pairs = read_adapter(adapter)
     base = base.expanduser()
@@ -190,16 +194,18 @@ def export_w_pack_adapter(adapter: Path, target: Path, base: str) -> WPackAdapte
     Args:
         adapter: its folder; it may adapt the projections of attention and MLP.
         target: the folder to make, in peft's layout.
-        base: what loads the published model: a path or a name on the hub.
+        base: what loads the published model: a path or a name on the hub (``check_original`` looks into a folder).
 
     Raises:
         ModelError: the adapter has no counterpart in the published layout, or the target exists.
+        RunDirectoryError: the target cannot be written.
     """
     config, pairs = read_adapter(adapter)
     _check_counterpart(adapter, config, pairs)
     packed, num_matrices = _pack(adapter, {name: pair for name, pair in pairs.items() if end_of(name) in _QKV})
     others = {name: pair for name, pair in pairs.items() if end_of(name) not in _QKV}
-    changed = {**config, "base_model_name_or_path": base, "target_modules": _w_pack_targets(config, packed, others)}
+    targets = _w_pack_targets(config, packed, others)
+    changed = {**config, "base_model_name_or_path": _place(base), "target_modules": targets}
     changes = _form(config, next(iter(packed.values()))) if packed else None
     if changes and not others:
         changed |= {"r": changes[0], "lora_alpha": changes[1], "rank_pattern": {}, "alpha_pattern": {}}
@@ -210,6 +216,12 @@ def export_w_pack_adapter(adapter: Path, target: Path, base: str) -> WPackAdapte
     with new_folder(target) as folder:
         num_parameters = write_adapter(folder, changed, {**packed, **others})
     return WPackAdapter(changes[0] if changes else None, num_matrices, num_parameters)
+
+
+def _place(base: str) -> str:
+    """Returns a model's name as it holds in any working directory."""
+    path = Path(base).expanduser()
+    return str(path.resolve()) if path.exists() else base
 
 
 def _check_mergeable(adapter: Path, base: Path, pairs: Mapping[str, Pair]) -> None:
@@ -316,7 +328,7 @@ def _copy_other_files(base: Path, folder: Path) -> None:
     for path in sorted(base.iterdir()):
         told = path.name.endswith(".index.json") or path.name == "conversion.json"  # has the sums of the base's files
         if path.is_file() and not told and not path.name.startswith(".") and path.suffix not in _WEIGHT_SUFFIXES:
-            shutil.copyfile(path, folder / path.name)
+            copy_file(path, folder / path.name)
 
 
 def _check_counterpart(adapter: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair]) -> None:

@@ -5,6 +5,7 @@ Axes: R rank, D inputs of a layer, N outputs.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import shutil
@@ -16,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from doremi_mix.adapters import CONFIG, PREFIX, WEIGHTS, read_adapter_config, write_json
-from doremi_mix.errors import ModelError, short_reason
+from doremi_mix.adapters import CONFIG, PREFIX, WEIGHTS, how_to_get_again, read_adapter_config, write_json
+from doremi_mix.errors import DoremiMixError, ModelError, RunDirectoryError, short_reason
 
 _OTHER_FORMS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save"),
@@ -70,7 +71,7 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
         tensors = load_file(adapter / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"adapter {adapter}: its {WEIGHTS} cannot be read ({short_reason(error)}); save the adapter again"
+            f"adapter {adapter}: its {WEIGHTS} cannot be read ({short_reason(error)}); {how_to_get_again(adapter)}"
         ) from None
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(tensors.items()):
@@ -80,7 +81,9 @@ def read_adapter(adapter: Path) -> tuple[dict[str, Any], dict[str, Pair]]:
         layers.setdefault(found[1], {})[found[2]] = tensor
     for name, both in layers.items():
         if both.keys() != {"A", "B"} or both["A"].shape[0] != both["B"].shape[1]:
-            raise ModelError(f"adapter {adapter}: the matrices of {name} do not fit each other; save the adapter again")
+            raise ModelError(
+                f"adapter {adapter}: the matrices of {name} do not fit each other; {how_to_get_again(adapter)}"
+            )
     return config, {
         name: Pair(both["A"], both["B"], _scaling(config, name, both["A"].shape[0])) for name, both in layers.items()
     }
@@ -95,13 +98,14 @@ def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 def write_adapter(folder: Path, config: Mapping[str, Any], pairs: Mapping[str, Pair]) -> int:
     """Writes an adapter in peft's layout, and returns the number of its parameters."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {}
     for name, pair in sorted(pairs.items()):
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a_RD.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b_NR.contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors' own function hides the system's errors in one of its own.
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     write_json(folder / CONFIG, config)
     return sum(tensor.numel() for tensor in tensors.values())
 
@@ -117,15 +121,36 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         ModelError: the target exists.
+        RunDirectoryError: the system lets nothing be written; any of its errors while the context lasts counts as that.
     """
     if target.exists():
         raise ModelError(f"{target}: exists already; choose another folder, or remove it")
     hidden = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
     try:
+        hidden.mkdir(parents=True)
         yield hidden
         hidden.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(hidden, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError) or isinstance(error, DoremiMixError):
+            raise
+        more = "free some space or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise RunDirectoryError(
+            f"{target}: cannot be written ({short_reason(error)}); {more}choose another folder"
+        ) from None
+
+
+def copy_file(path: Path, target: Path) -> None:
+    """Copies a file's content; what fails to be read is told from what fails to be written.
+
+    Raises:
+        ModelError: the file cannot be read.
+        OSError: the target cannot be written.
+    """
+    try:
+        source = path.open("rb")
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({short_reason(error)}); change its permissions") from None
+    with source, target.open("wb") as copy:
+        shutil.copyfileobj(source, copy)

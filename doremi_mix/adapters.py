@@ -14,6 +14,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def base_of(folder: Path) -> str:
     """
     base = read_adapter_config(folder).get("base_model_name_or_path")
     if not base:
-        raise ModelError(f"model {folder}: its {CONFIG} names no base model; save the adapter again")
+        raise ModelError(f"model {folder}: its {CONFIG} names no base model; {how_to_get_again(folder)}")
     return str(base)
 
 
@@ -342,7 +343,19 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read.
     """
-    return read_json(folder, CONFIG)
+    try:
+        return read_json(folder, CONFIG)
+    except ModelError as error:
+        raise ModelError(f"{error}; {how_to_get_again(folder)}") from None
+
+
+def how_to_get_again(folder: Path) -> str:
+    """Returns what to do about a saved adapter that is damaged: words for the end of an error's line."""
+    place = folder.absolute()
+    run = next((parent for parent in place.parents if (parent / "run.json").is_file()), None)
+    if run is None or place.parent.name != "finetune":
+        return "fetch or train it again"
+    return f"delete {folder.parent} and run again: doremi-mix finetune --run-dir {shlex.quote(str(run))}"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -164,16 +164,26 @@ def check_main_model(config: Config) -> None:
     section = config.finetune
     if section.model is None:
         return
-    check_model_name(section.model, "finetune.model")
+    path = Path(section.model).expanduser()
+    if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", section.model):
+        raise ModelError(
+            f"finetune.model: {section.model} does not exist, and is no hub name (owner/model); give the main model's "
+            "folder"
+        )
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"finetune.model: {section.model} is an adapter and not a whole model; give its base")
     if section.data is not None and not Path(section.data).is_file():
-        raise ConfigError(f"finetune.data: {section.data} does not exist; give a file of examples, or leave it out")
+        found = "is a folder" if Path(section.data).is_dir() else "does not exist"
+        raise ConfigError(f"finetune.data: {section.data} {found}; give a file of examples, or leave it out")
     for key in ("task_folder", "semi_final_task_folder"):
         folder = getattr(config.evaluate, key)
         if folder is not None and not Path(folder).is_dir():
             raise ConfigError(f"evaluate.{key}: {folder} is no folder; give one with task files of lm-eval")
-    from doremi_mix.tokenizer import load_tokenizer
+    from doremi_mix.tokenizer import load_tokenizer, tokenizer_files
 
     name = section.model
+    if section.tokenizer in (None, name) and path.is_dir() and not tokenizer_files(path):
+        raise ModelError(f"finetune.model: {name} has no tokenizer beside its weights; give one: finetune.tokenizer")
     if name.endswith(".gguf"):
         # What it holds is known once it is loaded.
         if config.evaluate.tasks and section.tokenizer in (None, name):
@@ -256,6 +266,8 @@ def check_evaluate(config: Config) -> None:
         raise ConfigError("evaluate.tasks: contest stands for its seven tasks; give it alone, or tasks by name")
     if section.semi_final_task_folder is not None and section.tasks != ("contest",):
         raise ConfigError("evaluate.semi_final_task_folder is for evaluate.tasks=contest; leave it out")
+    if not section.tasks and (section.task_folder or section.semi_final_task_folder):
+        raise ConfigError("evaluate.task_folder is given, but no evaluate.tasks; name the tasks, or set it to contest")
     if section.base_scores == "published" and (
         section.tasks != ("contest",) or section.semi_final_task_folder is not None
     ):

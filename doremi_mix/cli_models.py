@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from doremi_mix.errors import ConfigError
+from doremi_mix.errors import ConfigError, DoremiMixError, RunDirectoryError, short_reason
 from doremi_mix.terminal import errors_in_one_line
 
 baichuan_app = typer.Typer(name="baichuan", no_args_is_help=True, help="Baichuan2 on today's libraries.")
@@ -23,8 +25,11 @@ def _baichuan() -> None:
 
 @baichuan_app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="the folder of Baichuan2-7B, as published")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="the folder to write, in Llama layout")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="the folder of Baichuan2-7B, as published")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="the folder to write, in Llama layout")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every file of DST again, also where there is nothing to convert")
+    ] = False,
 ) -> None:
     """Converts Baichuan2-7B to Llama layout, which current libraries load without remote code.
 
@@ -32,17 +37,24 @@ def convert(
     """
     from doremi_mix.baichuan.convert import convert as convert_folder
     from doremi_mix.baichuan.convert import source_bytes
+    from doremi_mix.baichuan.record import folder_of, verify_conversion
     from doremi_mix.progress import Narrator, format_seconds
 
     with errors_in_one_line():
+        folder, out = folder_of(source, "SRC"), folder_of(target, "DST")
         narrator = Narrator()
-        with narrator.track("convert", source_bytes(source), "bytes") as tracker:
-            made = convert_folder(source, target, say=narrator.say, advance=tracker.advance)
-        if made.was_up_to_date:
-            print(f"{target}: up to date")
+        with narrator.track("convert", source_bytes(folder), "bytes") as tracker:
+            made = convert_folder(folder, out, say=narrator.say, advance=tracker.advance)
+        if verify:
+            with narrator.track("verify", None, "bytes") as tracker:
+                verify_conversion(out, advance=tracker.advance)
+        if made.was_up_to_date or made.repaired:
+            done = f"repaired {', '.join(made.repaired)}" if made.repaired else "up to date"
+            print(f"{out}: {done}{', every file verified' if verify else ''}")
             return
+        shards = "1 shard" if made.num_shards == 1 else f"{made.num_shards} shards"
         print(
-            f"{target}: {made.num_tensors:,} tensors, {made.num_parameters:,} parameters in {made.num_shards} shards, "
+            f"{out}: {made.num_tensors:,} tensors, {made.num_parameters:,} parameters in {shards}, "
             f"{made.num_bytes / 1e9:.2f} GB, verified ({format_seconds(made.seconds)})"
         )
 
@@ -63,9 +75,10 @@ def adapter(
 ) -> None:
     """Writes the adapter of a fine-tune for other programs."""
     from doremi_mix.adapter_export import copy_adapter, describe_adapter, export_w_pack_adapter, merge_adapter
+    from doremi_mix.adapter_original import check_original
     from doremi_mix.progress import Narrator
 
-    with errors_in_one_line():
+    with errors_in_one_line(), _reading(source):
         folder = _adapter_folder(source)
         narrator = Narrator()
         facts = describe_adapter(folder)
@@ -76,10 +89,25 @@ def adapter(
             with narrator.track("merge", None, "bytes") as tracker:
                 merge_adapter(folder, Path(place), out, say=narrator.say, advance=tracker.advance)
         elif form == "w-pack":
+            check_original(folder, Path(place), say=narrator.say)
             export_w_pack_adapter(folder, out, place)
         else:
-            copy_adapter(folder, out, place)
+            copy_adapter(folder, out, base or None)
         print(f"{out}: {form}, {facts['num_parameters']:,} parameters of adapters over {place}")
+
+
+@contextlib.contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Says in one line what the system does not let be read."""
+    try:
+        yield
+    except DoremiMixError:
+        raise
+    except OSError as error:
+        place = error.filename or source
+        raise RunDirectoryError(
+            f"{place}: cannot be read ({short_reason(error)}); change its permissions, or give another"
+        ) from None
 
 
 def _adapter_folder(source: Path) -> Path:

@@ -169,7 +169,8 @@ def _load(name: str, manager: Any, task_folder: Path | None) -> LoadedTask:
         raise ConfigError(f"evaluate.tasks: {name} ({source}) cannot be built: {short_reason(error)}") from error
     except Exception as error:
         if task_folder is not None and path.is_relative_to(task_folder):
-            raise DataError(f"{source}: {name} cannot be loaded: {short_reason(error)}") from error
+            # datasets hides what it found behind an error that says that there was one.
+            raise DataError(f"{source}: {name} cannot be loaded: {short_reason(error.__cause__ or error)}") from error
         if not isinstance(error, OSError | ValueError):
             raise
         raise DataError(
@@ -288,16 +289,30 @@ def run_task(
     with _quiet():
         from lm_eval import evaluate
 
+        check_task(task, num_fewshot)
         for name, member in task.loaded["tasks"].items():
-            own = task.own_shots[name]
-            shots = own if own == 0 or num_fewshot is None else num_fewshot
-            _check_shots(task, name, member, shots or 0)
             _check_answer_length(name, member, language_model)
-            member.set_config("num_fewshot", shots or 0)
+            member.set_config("num_fewshot", _shots_of(task, name, num_fewshot))
             member.set_fewshot_seed(seed)
         language_model.set_cache_hook(_Progress(advance or (lambda _: None)))
         results = evaluate(language_model, task.loaded, limit=limit, bootstrap_iters=1000, log_samples=True)
     return read_results(results)[task.name]
+
+
+def check_task(task: LoadedTask, num_fewshot: int | None) -> None:
+    """Raises DataError when a task has fewer worked examples than its prompts are to hold.
+
+    Args:
+        task: the task or group with its data.
+        num_fewshot: as for `run_task`.
+    """
+    for name, member in task.loaded["tasks"].items():
+        _check_shots(task, name, member, _shots_of(task, name, num_fewshot))
+
+
+def _shots_of(task: LoadedTask, name: str, num_fewshot: int | None) -> int:
+    own = task.own_shots[name]
+    return (own if own == 0 or num_fewshot is None else num_fewshot) or 0
 
 
 class _Progress:

@@ -245,8 +245,10 @@ def open_run(
     narrator = Narrator(quiet=quiet or not processes.is_main)
     # All processes have looked at the folder before the first one writes into it.
     processes.wait()
-    with run.lock() if processes.is_main else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
         if processes.is_main:
+            stack.enter_context(run.lock())
+            stack.enter_context(run.settings_kept())
             run.save(given, hardware, dump_yaml(config.model_dump(mode="json", by_alias=True)))
         processes.wait()
         _check_shared(run, processes)

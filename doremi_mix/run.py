@@ -2,8 +2,9 @@
 
 A stage owns the folder of its name.  ``started.json`` is its first file and ``manifest.json`` its last: the manifest's
 existence means that the stage finished, its fingerprint says with what.  A resumable stage killed in between finds its
-own partial work again when the fingerprint in ``started.json`` is still the wanted one.  The others are built in a
-hidden folder beside and take their place when they are complete, so that a failure leaves the earlier result alone.
+own partial work again when the fingerprint in ``started.json`` is still the wanted one.  Where an earlier result
+stands, and for stages that are not resumable, the work is done in a hidden folder beside and takes the place when it is
+complete, so that a failure leaves the earlier result alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from doremi_mix.errors import RunDirectoryError
+from doremi_mix.errors import DoremiMixError, RunDirectoryError
 
 MANIFEST = "manifest.json"
 STARTED = "started.json"
@@ -69,8 +70,10 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
 class RunDirectory:
     """One run: its configuration and the folders of its stages.  Creating the object touches no file."""
 
-    def __init__(self, path: Path, places: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, places: Mapping[str, str] | None = None, finished: list[str] | None = None) -> None:
         self.path = path
+        self.finished = [] if finished is None else finished
+        """The stages that were finished through this object and its views."""
         self._places = dict(places or {})
 
     def with_places(self, places: Mapping[str, str]) -> RunDirectory:
@@ -79,7 +82,7 @@ class RunDirectory:
         Args:
             places: by stage, the folder (relative to the run) that holds the stage's folder.
         """
-        return RunDirectory(self.path, places)
+        return RunDirectory(self.path, places, self.finished)
 
     def exists(self) -> bool:
         """Says whether a run was started here.
@@ -109,6 +112,22 @@ class RunDirectory:
         if not isinstance(data, dict) or data.get("format") != RUN_FORMAT:
             raise RunDirectoryError(f"{self.path / RUN_FILE}: is not a doremi-mix run; choose another --run-dir")
         return data
+
+    @contextlib.contextmanager
+    def settings_kept(self) -> Iterator[None]:
+        """Puts the stored settings back when an error of the user's stops a command before it finished any stage.
+
+        A setting that was refused would otherwise be refused again by the next command, which does not give it.
+        """
+        paths = (self.path / RUN_FILE, self.path / CONFIG_FILE)
+        before = {path: path.read_bytes() for path in paths if path.exists()}
+        try:
+            yield
+        except DoremiMixError:
+            if not self.finished:
+                for path, content in before.items():
+                    write_atomic(path, content)
+            raise
 
     def save(self, given: Mapping[str, Any], hardware: str, resolved_yaml: str) -> None:
         """Stores the given settings, the kind of hardware that the rest was chosen for, and the resolved config."""
@@ -145,7 +164,8 @@ class RunDirectory:
 
     def work_path(self, stage: str, *, resumable: bool) -> Path:
         """Returns the folder in which a stage's files come into being."""
-        return self.stage_path(stage) if resumable else self.path / f".{stage}.partial"
+        place = self.stage_path(stage)
+        return place if resumable and not (place / MANIFEST).exists() else place.parent / f".{stage}.partial"
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """Returns the manifest of a finished stage, else None."""
@@ -186,9 +206,10 @@ class RunDirectory:
         work, place = self.work_path(stage, resumable=resumable), self.stage_path(stage)
         write_json(work / MANIFEST, {"stage": stage, "fingerprint": wanted, **record})
         if work != place:
-            old = self.path / f".{stage}.old"
+            old = place.parent / f".{stage}.old"
             shutil.rmtree(old, ignore_errors=True)
             if place.exists():
                 place.rename(old)
             work.rename(place)
             shutil.rmtree(old, ignore_errors=True)
+        self.finished.append(stage)

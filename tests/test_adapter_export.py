@@ -1,7 +1,11 @@
 """Adapters merged, and over Baichuan2's own layout, give the outputs that they give over their base."""
 
+import contextlib
+import errno
 import json
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_adapters import QKV, baichuan_pair, fill
 from test_models import packed, small_model
+from tiny_baichuan import write_tiny_baichuan
 
 from doremi_mix.adapter_export import (
     Merged,
@@ -18,8 +23,9 @@ from doremi_mix.adapter_export import (
     export_w_pack_adapter,
     merge_adapter,
 )
+from doremi_mix.adapter_original import check_original
 from doremi_mix.adapters import LoraSettings, add_adapter, base_fingerprint, save_adapter
-from doremi_mix.errors import ModelError
+from doremi_mix.errors import ModelError, RunDirectoryError
 
 IDS = packed(16)[0]
 SHARED = LoraSettings(4, 6, QKV, 0.1, QKV)
@@ -229,12 +235,78 @@ def test_adapters_that_cannot_be_read_are_named(tmp_path, export):
     save_file({**tensors, key: torch.ones(3, 16)}, path)
     assert refused() == (
         f"adapter {adapter}: the matrices of model.layers.0.self_attn.q_proj do not fit each other; "
-        "save the adapter again"
+        "fetch or train it again"
     )
     path.write_bytes(b"garbage")
     assert refused().startswith(f"adapter {adapter}: its adapter_model.safetensors cannot be read (")
     path.unlink()
-    assert refused().startswith(f"adapter {adapter}: its adapter_model.safetensors cannot be read (")
+    gone = "its adapter_model.safetensors cannot be read (No such file or directory: {}); {}"
+    assert refused() == f"adapter {adapter}: {gone.format(path, 'fetch or train it again')}"
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "finetune").mkdir()
+    adapter = adapter.rename(tmp_path / "finetune" / "adapter")
+    arguments = (adapter, *arguments[1:])
+    again = f"delete {tmp_path}/finetune and run again: doremi-mix finetune --run-dir {tmp_path}"
+    assert refused() == f"adapter {adapter}: {gone.format(adapter / path.name, again)}"
+
+
+@pytest.mark.parametrize("export", [merge, export_w_pack_adapter, copy_adapter])
+def test_what_cannot_be_written_is_named_and_leaves_nothing(tmp_path, monkeypatch, export):
+    base, adapter = write_base(tmp_path / "base"), tmp_path / "adapter"
+    write_adapter(adapter, base, SHARED)
+
+    def refused(out):
+        with pytest.raises(RunDirectoryError) as caught:
+            export(*((adapter, base, out) if export is merge else (adapter, out, str(base))))
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter", "file"}
+        return str(caught.value)
+
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file / "out", file / "more" / "out"):
+        assert refused(out) == f"{out}: cannot be written (Not a directory); choose another folder"
+    with file_size_limit(400):
+        assert (
+            refused(tmp_path / "out")
+            == f"{tmp_path / 'out'}: cannot be written (File too large); choose another folder"
+        )
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    assert refused(tmp_path / "out") == (
+        f"{tmp_path / 'out'}: cannot be written (No space left on device); free some space or choose another folder"
+    )
+
+
+@contextlib.contextmanager
+def file_size_limit(num_bytes):
+    """Lets the system refuse longer files, as a full disk does; Python ignores the signal that comes along."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_of_the_base_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    base, adapter = write_base(tmp_path / "base"), tmp_path / "adapter"
+    write_adapter(adapter, base, SHARED)
+    path = base / "generation_config.json"
+    really = Path.open
+
+    def locked(self, *args, **options):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return really(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert message(merge, adapter, base, tmp_path / "out") == (
+        f"{path}: cannot be read (Permission denied); change its permissions"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
 # --- over W_pack ---
@@ -375,6 +447,77 @@ def test_what_has_no_counterpart_in_baichuan2_is_refused(tmp_path):
     )
 
 
+def change_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def copy_of(original, target):
+    shutil.copytree(original, target)
+    return target
+
+
+def test_the_original_of_a_base_is_told_from_others(main_model, tmp_path):
+    adapter, original = tmp_path / "adapter", main_model.with_name("original")
+    write_adapter(adapter, main_model, SHARED)
+    said = []
+
+    def check(folder):
+        return check_original(adapter, folder, say=said.append)
+
+    def other(thing):
+        return (
+            f"adapter {adapter}: its adapter is for another base: {folder} has another {thing} than the checkpoint "
+            f"that {main_model} was converted from; give that one"
+        )
+
+    check(original)
+    check(copy_of(original, tmp_path / "moved"))
+    assert not said
+    assert message(check, main_model) == (
+        f"{main_model}: is the converted model; give the folder with Baichuan2 in its original layout"
+    )
+    assert message(check, tmp_path / "gone") == (
+        f"{tmp_path / 'gone'}: no such folder; give the folder of Baichuan2-7B as it was downloaded"
+    )
+    folder = copy_of(original, tmp_path / "vocabulary")
+    change_json(folder / "config.json", vocab_size=401)
+    assert message(check, folder) == other("config.json")
+    folder = copy_of(original, tmp_path / "file")
+    with (folder / "pytorch_model-00002-of-00002.bin").open("ab") as file:
+        file.write(b"1")
+    assert message(check, folder) == other("pytorch_model-00002-of-00002.bin")
+    folder = tmp_path / "weights"
+    write_tiny_baichuan(folder, seed=1, tokenizer=original)
+    assert message(check, folder) == other("model.embed_tokens.weight")
+    folder = copy_of(original, tmp_path / "values")
+    path = folder / "pytorch_model-00001-of-00002.bin"
+    tensors = torch.load(path, weights_only=True)
+    tensors["model.layers.1.self_attn.W_pack.weight"][64:] += 1  # v alone
+    torch.save(tensors, path)
+    assert message(check, folder) == other("model.layers.1.self_attn.W_pack.weight")
+    folder = copy_of(original, tmp_path / "shape")
+    change_json(folder / "config.json", hidden_size=36)
+    assert message(check, folder) == (
+        f"adapter {adapter}: its model.layers.0.self_attn.k_proj is for a weight of 32 x 32, and {folder} has 36 x 36; "
+        "give the one that it was trained on"
+    )
+    change_json(folder / "config.json", hidden_size=32, num_hidden_layers=1)
+    assert message(check, folder) == (
+        f"adapter {adapter}: adapts model.layers.1.self_attn.k_proj, which {folder} does not have; "
+        "give the one that it was trained on"
+    )
+    assert not said
+    change_config(adapter, base_model_name_or_path="some/model")
+    check(original)
+    assert said == [f"  some/model has no conversion.json: whether it was converted from {original} is not known"]
+    base = copy_of(main_model, tmp_path / "base")
+    change_json(base / "conversion.json", source={})
+    change_config(adapter, base_model_name_or_path=str(base))
+    assert message(check, original) == (
+        f"model {base}: its conversion.json does not say what it was converted from; convert it again"
+    )
+
+
 # --- as it is ---
 
 
@@ -392,7 +535,7 @@ def test_an_adapter_is_described(tmp_path):
     }  # fmt: skip
     change_config(tmp_path / "apart", base_model_name_or_path=None)
     assert message(describe_adapter, tmp_path / "apart") == (
-        f"model {tmp_path / 'apart'}: its adapter_config.json names no base model; save the adapter again"
+        f"model {tmp_path / 'apart'}: its adapter_config.json names no base model; fetch or train it again"
     )
 
 
@@ -408,3 +551,29 @@ def test_a_copy_names_its_base_anew(tmp_path):
     (tmp_path / "adapter" / "doremi_mix_adapter.json").unlink()
     copy_adapter(tmp_path / "adapter", tmp_path / "copy", "elsewhere")
     assert len(list((tmp_path / "copy").iterdir())) == 2
+
+
+def test_a_copy_over_another_base_is_refused(tmp_path):
+    base, other = write_base(tmp_path / "base"), write_base(tmp_path / "other", initializer_range=0.5)
+    write_adapter(tmp_path / "adapter", base, SHARED, fingerprint=base_fingerprint(str(base)))
+    own, mark = base_fingerprint(str(base))[:12], base_fingerprint(str(other))[:12]
+    assert message(copy_adapter, tmp_path / "adapter", tmp_path / "copy", str(other)) == (
+        f"model {tmp_path / 'adapter'}: its adapter is for another base ({own}, not {mark}); "
+        f"give the one that it was trained on, {base}"
+    )
+    assert not (tmp_path / "copy").exists()
+    copy_adapter(tmp_path / "adapter", tmp_path / "copy")
+    for path in (tmp_path / "adapter").iterdir():
+        assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("export", [export_w_pack_adapter, copy_adapter])
+def test_a_base_that_is_here_is_named_for_every_working_directory(tmp_path, monkeypatch, export):
+    base = write_base(tmp_path / "base")
+    write_adapter(tmp_path / "adapter", base, SHARED)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(tmp_path / "adapter", tmp_path / "out", "../base")
+    assert describe_adapter(tmp_path / "out")["base"] == str(base)
+    export(tmp_path / "adapter", tmp_path / "hub", "vendor/base")
+    assert describe_adapter(tmp_path / "hub")["base"] == "vendor/base"

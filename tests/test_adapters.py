@@ -259,7 +259,7 @@ def test_checkpointing_and_attention_give_adapters_the_same_gradients(checkpoint
 def test_blocks_with_adapters_compile(llama):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    model = build(llama)
+    model = build(llama, lora=LoraSettings(4, 8, ("q_proj", "down_proj")))
     train(model, steps=1)
     expected, _ = losses_and_gradients(model)
     torch._dynamo.reset()
@@ -500,8 +500,8 @@ def test_a_fused_mask_takes_the_memory_of_one():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler looks at it
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_shared_layers_compile(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "backend"), [(False, "eager"), (True, "aot_eager")])
+def test_shared_layers_compile(checkpointing, backend):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     expected = step(shared_model())
@@ -510,7 +510,7 @@ def test_shared_layers_compile(checkpointing):
         enable_gradient_checkpointing(model)
         allow_compiled_checkpointing()
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compile_blocks(model, backend=counter)
     found = step(model)
     torch._dynamo.reset()
@@ -837,7 +837,16 @@ def test_saved_adapters_that_cannot_be_used_are_named(llama, tmp_path):
     )
     assert adapter_names(build(llama, "proxy").model) == ["proxy"]  # nothing is left of what failed
     assert with_config(base_model_name_or_path=None) == (
-        f"model {saved}: its adapter_config.json names no base model; save the adapter again"
+        f"model {saved}: its adapter_config.json names no base model; fetch or train it again"
+    )
+    (tmp_path / "run.json").write_text("{}")
+    tuned = tmp_path / "finetune" / "adapter"
+    shutil.copytree(saved, tuned)
+    again = f"delete {tmp_path}/finetune and run again: doremi-mix finetune --run-dir {tmp_path}"
+    assert message(load_trained, tuned) == f"model {tuned}: its adapter_config.json names no base model; {again}"
+    (tuned / "adapter_config.json").unlink()
+    assert message(load_adapter, None, "tuned", tuned) == (
+        f"model {tuned}: its adapter_config.json cannot be read (No such file or directory); {again}"
     )
     gone = with_config(base_model_name_or_path=str(tmp_path / "gone"))
     assert gone.startswith(f"model {tmp_path / 'gone'}: cannot be loaded (")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +24,15 @@ from tiny_baichuan import (
     write_weights,
 )
 from torch.nn import functional
+from typer.testing import CliRunner
 
 from doremi_mix.baichuan import convert as convert_module
 from doremi_mix.baichuan import writer
 from doremi_mix.baichuan.convert import Conversion, convert, source_bytes
 from doremi_mix.baichuan.layout import llama_tensors, read_layout, vendor_shapes
+from doremi_mix.baichuan.record import sha256_of, verify_conversion
+from doremi_mix.baichuan.shards import checked_sha256
+from doremi_mix.cli import app
 from doremi_mix.errors import ModelError
 from doremi_mix.models import TokenInfo, build_model
 from doremi_mix.tokenizer import load_tokenizer
@@ -87,6 +92,25 @@ def llama(target):
 def change_config(source, **changes):
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     write_json(source / "config.json", config | changes)
+
+
+def flip(path, position):
+    """Flips the lowest bit of a byte."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def flip_weight(path, name):
+    """Flips the lowest bit of a tensor's first number, which stays finite."""
+    tensors = torch.load(path, weights_only=True) if path.suffix == ".bin" else load_file(path)
+    flip(path, path.read_bytes().index(tensors[name].numpy().tobytes()))
+
+
+def type_in(*arguments):
+    """Exit code, stdout and stderr of the command, as a person types it."""
+    result = CliRunner().invoke(app, ["baichuan", "convert", *map(str, arguments)])
+    return result.exit_code, result.stdout, result.stderr
 
 
 def refusal(source, target):
@@ -171,6 +195,8 @@ def test_every_tensor_is_the_original_bit_by_bit(write, tmp_path, dtype, monkeyp
         dtype=dtype,
         num_zero_head_rows=0,
         num_kept_shards=0,
+        was_up_to_date=False,
+        repaired=(),
         seconds=conversion.seconds,
     )
 
@@ -310,14 +336,14 @@ def test_the_record_names_each_file_by_its_sha256(write, tmp_path):
         names = sorted(path.name for path in folder.iterdir())
         done = subprocess.run(["sha256sum", *names], cwd=folder, capture_output=True, text=True, check=True)
         sums[folder] = {line[66:]: line[:64] for line in done.stdout.splitlines()}
-    del sums[target]["conversion.json"]
+    del sums[target]["conversion.json"], sums[target][".conversion.stamps.json"]
     assert (record["format"], record["version"]) == ("doremi-mix/baichuan-conversion", 1)
     assert {name: file["sha256"] for name, file in record["files"].items()} == sums[target]
     assert all(file["bytes"] == (target / name).stat().st_size for name, file in record["files"].items())
     assert record["source_sha256"] | record["source"]["sha256"] == sums[source]
     assert record["versions"]["torch"] == torch.__version__
     assert record["num_parameters"] == 400 * 32 * 2 + 2 * (4 * 32 * 32 + 3 * 32 * 88 + 2 * 32) + 32
-    assert not list(target.glob(".*"))
+    assert [path.name for path in target.glob(".*")] == [".conversion.stamps.json"]
 
 
 def test_no_file_is_larger_than_the_limit_unless_a_tensor_is(write, tmp_path):
@@ -426,6 +452,8 @@ def test_missing_and_damaged_files_of_the_result_are_written_again(write, tmp_pa
     (target / "adapter").mkdir()  # what somebody else keeps there is left alone
     conversion = convert(source, target, max_shard_bytes=60_000)
     assert conversion.num_kept_shards == 1
+    assert not conversion.was_up_to_date
+    assert conversion.repaired == ("config.json", first.name, second.name, third.name)
     (target / "adapter").rmdir()
     assert contents(target) == straight
 
@@ -448,6 +476,175 @@ def test_a_file_that_does_not_read_back_as_written_is_an_error(write, tmp_path, 
         "convert again elsewhere"
     )
     assert not list(target.glob("*model.safetensors*"))
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: flip(path, 9)])
+def test_small_files_that_are_repaired_are_named(write, tmp_path, spoil):
+    source, target = write(), tmp_path / "target"
+    convert(source, target)
+    straight = contents(target)
+    for name in ("tokenizer.model", "config.json"):
+        spoil(target / name)
+    assert type_in(source, target)[:2] == (0, f"{target}: repaired config.json, tokenizer.model\n")
+    assert contents(target) == straight
+    assert type_in(source, target)[:2] == (0, f"{target}: up to date\n")
+
+
+def test_verify_reads_every_file_of_the_result(write, tmp_path):
+    source, target = write(), tmp_path / "target"
+    assert type_in(source, target, "--verify")[0] == 0
+    shard = target / "model.safetensors"
+    flip(shard, -1)
+    assert type_in(source, target)[:2] == (0, f"{target}: up to date\n")
+    message = f"{shard}: differs from what conversion.json says; delete it and convert again, which writes it anew"
+    code, _, stderr = type_in(source, target, "--verify")
+    assert (code, stderr.splitlines()[-1]) == (1, f"error: {message}")
+    shard.unlink()
+    with pytest.raises(ModelError) as caught:
+        verify_conversion(target)
+    assert str(caught.value) == message
+    assert type_in(source, target, "--verify")[1] == f"{target}: repaired model.safetensors, every file verified\n"
+    assert type_in(source, target, "--verify")[1] == f"{target}: up to date, every file verified\n"
+    steps = []
+    verify_conversion(target, advance=steps.append)
+    assert sum(steps) == sum(len(content) for name, content in contents(target).items() if "conversion" not in name)
+    with pytest.raises(ModelError, match=r"holds no finished conversion \(conversion\.json\); convert first"):
+        verify_conversion(source)
+
+
+# --- the original changes ---
+
+
+def test_an_original_that_was_only_touched_is_read_once_more(write, tmp_path, monkeypatch):
+    source, target = write(), tmp_path / "target"
+    convert(source, target)
+    before = contents(target)
+    os.utime(source / "pytorch_model-00002-of-00002.bin", ns=(1, 1))
+    said = []
+    assert convert(source, target, say=said.append).was_up_to_date
+    assert said == [
+        f"{source}: pytorch_model-00002-of-00002.bin may have changed since the conversion; comparing the sha256",
+        f"{target}: is up to date",
+    ]
+    after = contents(target)
+    assert [name for name in before if after[name] != before[name]] == [".conversion.stamps.json"]
+    monkeypatch.setattr(convert_module, "checked_sha256", None)
+    assert convert(source, target).was_up_to_date
+    (target / ".conversion.stamps.json").unlink()  # as older versions left it
+    monkeypatch.undo()
+    assert convert(source, target).was_up_to_date
+    assert contents(target) == after
+
+
+def test_a_repaired_original_is_converted_anew_and_never_mixed_with_the_old_result(write, tmp_path):
+    """A file of safetensors has no checksum, so that damage may go unseen until the file is fetched again."""
+    source, target = write(format="safetensors"), tmp_path / "target"
+    convert(source, tmp_path / "straight", max_shard_bytes=60_000)
+    damaged = source / "model-00001-of-00002.safetensors"
+    intact = damaged.read_bytes()
+    flip_weight(damaged, "model.embed_tokens.weight")
+    convert(source, target, max_shard_bytes=60_000)
+    old = contents(target)
+    damaged.write_bytes(intact)
+    steps = []
+
+    def interrupt(num_bytes):
+        steps.append(num_bytes)
+        if len(steps) == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, target, max_shard_bytes=60_000, advance=interrupt)
+    straight = contents(tmp_path / "straight")
+    (first,) = target.glob("*.safetensors")
+    assert old[first.name] != first.read_bytes() == straight[first.name]
+    assert not (target / "config.json").exists()  # without it, it is no model to any library
+    assert not list(target.glob("model*.json"))
+    convert(source, target, max_shard_bytes=60_000)
+    stamps = ".conversion.stamps.json"  # the times differ
+    assert contents(target) | {stamps: b""} == straight | {stamps: b""}
+
+
+def test_an_original_that_changes_meanwhile_is_an_error(write, tmp_path):
+    source, target = write(num_shards=1), tmp_path / "target"
+    with pytest.raises(ModelError) as caught:
+        convert(source, target, advance=lambda _: os.utime(source / "pytorch_model.bin", ns=(1, 1)))
+    assert str(caught.value) == f"{source}: changed while it was converted; run the same command again"
+    assert not (target / "config.json").exists()
+    assert convert(source, target).num_kept_shards == 1
+
+
+def test_a_flipped_bit_is_found_by_the_checksum_and_nothing_of_it_is_kept(write, tmp_path):
+    source, target = write(), tmp_path / "target"
+    convert(source, tmp_path / "straight", max_shard_bytes=60_000)
+    path = source / "pytorch_model-00002-of-00002.bin"
+    intact, stat = path.read_bytes(), path.stat()
+    flip_weight(path, "model.norm.weight")
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.testzip()
+    with pytest.raises(ModelError) as caught:
+        convert(source, target, max_shard_bytes=60_000)
+    message = f"{path}: is damaged (the checksum of {entry} in it differs); fetch the file again"
+    assert str(caught.value) == message
+    first = load_file(next(target.glob("*.safetensors")))
+    assert len(list(target.glob("*.safetensors"))) == 1
+    assert first.keys().isdisjoint(torch.load(path, weights_only=True))
+    assert not list(target.glob(".model*"))
+    for file in (tmp_path / "straight").glob("*.safetensors"):  # right, but the damaged file cannot prove it
+        shutil.copyfile(file, target / file.name)
+    with pytest.raises(ModelError, match="is damaged"):
+        convert(source, target, max_shard_bytes=60_000)
+    path.write_bytes(intact)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    convert(source, target, max_shard_bytes=60_000)
+    assert contents(target) == contents(tmp_path / "straight")
+
+
+def test_what_was_made_of_a_damaged_file_before_is_not_kept(write, tmp_path, monkeypatch):
+    source, target = write(num_shards=1), tmp_path / "target"
+    flip_weight(source / "pytorch_model.bin", "model.norm.weight")
+    monkeypatch.setattr(convert_module, "checked_sha256", sha256_of)  # as if there were no checksums
+    convert(source, target)
+    monkeypatch.undo()
+    (target / ".conversion.stamps.json").unlink()
+    with pytest.raises(ModelError, match="is damaged"):
+        convert(source, target)
+    (target / "conversion.json").rename(target / ".conversion.partial.json")
+    with pytest.raises(ModelError, match="is damaged"):
+        convert(source, target)
+    assert not list(target.glob("*model.safetensors*"))
+
+
+def test_a_file_without_checksums_is_converted(write, tmp_path):
+    source = write(num_shards=1)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(originals(source), source / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(source / "pytorch_model.bin") as archive:
+        assert {info.CRC for info in archive.infolist()} == {0}
+    assert convert(source, tmp_path / "target").num_tensors == 21
+
+
+def test_the_checksums_are_those_that_zipfile_computes(tmp_path):
+    path = tmp_path / "large.bin"
+    torch.save({"a": torch.randn(400_000), "b": torch.randn(7), "c": torch.randn(700_000)}, path)
+    done = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+    assert checked_sha256(path) == done.stdout[:64]
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = [info for info in archive.infolist() if info.file_size > 20]
+        places = {info.filename: content.index(archive.read(info)) for info in entries}
+    assert len(places) >= 4
+    for info in entries:
+        for position in (places[info.filename], places[info.filename] + info.file_size - 1):
+            flip(path, position)
+            with zipfile.ZipFile(path) as archive:
+                assert archive.testzip() == info.filename
+            with pytest.raises(ModelError, match=f"is damaged .the checksum of {info.filename} in it differs"):
+                checked_sha256(path)
+            path.write_bytes(content)
 
 
 # --- refusals: the model ---
@@ -528,6 +725,28 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     assert refusal(tmp_path / "empty", tmp_path / "target") == (
         "SRC: holds no config.json; give the folder of Baichuan2-7B as it was downloaded"
     )
+    (tmp_path / "file").touch()
+    advice = "give the folder of Baichuan2-7B as it was downloaded"
+    for name, what in (("nope", "no such folder"), ("file", "is a file, expected a folder")):
+        line = f"{tmp_path / name}: {what}; {advice}"
+        assert type_in(tmp_path / name, tmp_path / "target") == (1, "", f"error: {line}\n")
+        assert refusal(tmp_path / name, tmp_path / "target") == line.replace(str(tmp_path / name), "SRC")
+
+
+def test_folders_are_taken_as_they_are_typed(write, tmp_path, monkeypatch):
+    write(num_shards=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for pair, what in ((("", "x"), "SRC"), (("source", ""), "DST"), (("source", " "), "DST")):
+        assert type_in(*pair) == (1, "", f"error: {what}: expected a folder, got an empty path; give one\n")
+    assert type_in("~nobody-of-this-name/x", "x")[2] == (
+        "error: ~nobody-of-this-name/x: no such home folder; give the whole path\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    code, stdout, _ = type_in("~/source", "~/x")
+    assert (code, stdout.split(":")[0]) == (0, str(tmp_path / "x"))
+    assert " parameters in 1 shard, 0.00 GB, verified (" in stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "x"]
 
 
 @pytest.mark.parametrize(
@@ -635,11 +854,25 @@ def test_a_weight_file_of_another_kind_is_refused(write, tmp_path, plant, messag
 def test_a_zip_file_that_torch_did_not_write_is_refused(write, tmp_path):
     source = write(num_shards=1)
     (source / "pytorch_model.bin").unlink()
-    shutil.make_archive(str(tmp_path / "archive"), "zip", source)
-    shutil.copyfile(tmp_path / "archive.zip", source / "pytorch_model.bin")
+    with zipfile.ZipFile(source / "pytorch_model.bin", "w") as archive:
+        archive.write(source / "config.json")
     message = refusal(source, tmp_path / "target")
     assert message.startswith("SRC/pytorch_model.bin: is truncated or damaged (")
     assert message.endswith("); fetch the file again")
+
+
+def test_a_compressed_archive_is_refused(write, tmp_path):
+    source = write(num_shards=1)
+    path = source / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert refusal(source, tmp_path / "target") == (
+        "SRC/pytorch_model.bin: is compressed, as torch writes no file; fetch the published file, or load it with "
+        "torch.load and save it with torch.save"
+    )
 
 
 EXTRA = "model.layers.0.self_attn.W_pack.bias"
@@ -743,6 +976,28 @@ def test_a_target_with_other_things_in_it_is_refused(write, tmp_path):
     (target / "notes.txt").write_text("mine")
     assert refusal(source, target) == "DST: holds other files (notes.txt); give a new or empty folder"
     assert contents(target) == {"notes.txt": b"mine"}
+
+
+def test_a_target_that_cannot_be_made_is_refused(write, tmp_path, monkeypatch):
+    source = write()
+    before = contents(source)
+    place = tmp_path / "place"
+    place.symlink_to(tmp_path / "gone")
+    assert refusal(source, place) == "DST: is a link that leads nowhere; give a new folder"
+    assert refusal(source, place / "x") == f"{place}: is a link that leads nowhere; give a new folder"
+    place.unlink()
+    place.touch()
+    assert refusal(source, place / "x" / "y") == f"{place}: is a file, and DST cannot lie in it; give a new folder"
+    (tmp_path / "link").symlink_to(source)
+    for target in (source / "llama", source / "a" / "b", tmp_path / "link" / "llama"):
+        with pytest.raises(ModelError) as caught:
+            convert(source, target)
+        assert str(caught.value) == (
+            f"{target}: lies in the folder of the checkpoint; give a new folder outside of {source}"
+        )
+    assert contents(source) == before
+    target = tmp_path / ("x" * 300)
+    assert refusal(source, target) == "DST: File name too long; settle that and run the same command again"
 
 
 @pytest.mark.parametrize("finished", [True, False])

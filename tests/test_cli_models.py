@@ -1,5 +1,6 @@
 """The commands around the main model, as a person types them."""
 
+import errno
 import json
 import shutil
 
@@ -24,7 +25,7 @@ def test_convert_says_what_it_wrote_and_that_it_is_done(original, tmp_path):
     result = invoke("baichuan", "convert", original, tmp_path / "llama")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(f"{tmp_path / 'llama'}: 21 tensors, ")
-    assert " parameters in 1 shards, 0.00 GB, verified (" in result.stdout
+    assert " parameters in 1 shard, 0.00 GB, verified (" in result.stdout
     again = invoke("baichuan", "convert", original, tmp_path / "llama")
     assert (again.exit_code, again.stdout) == (0, f"{tmp_path / 'llama'}: up to date\n")
 
@@ -146,3 +147,35 @@ def test_a_run_that_was_not_tuned_has_no_adapter(drawn, tmp_path):
     assert result.stderr == (
         f"error: finetune has not finished in {drawn}; run: doremi-mix finetune --run-dir {drawn}\n"
     )
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "w-pack"])
+def test_what_the_system_refuses_is_one_line(tuned, main_model, tmp_path, monkeypatch, form):
+    (tmp_path / "file").touch()
+    arguments = ("adapter", tuned.parent, tmp_path / "file" / "out", "--form", form)
+    more = ["--base", main_model.with_name("original")] if form == "w-pack" else []
+    result = invoke(*arguments, *more)
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        1,
+        f"error: {tmp_path / 'file' / 'out'}: cannot be written (Not a directory); choose another folder",
+    )
+
+    def locked(_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tuned))
+
+    monkeypatch.setattr("doremi_mix.adapters.is_adapter_folder", locked)
+    result = invoke(*arguments, *more)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"error: {tuned}: cannot be read (Permission denied); change its permissions, or give another\n",
+    )
+
+
+def test_the_original_base_must_be_that_of_the_adapter(tuned, main_model, tmp_path):
+    other = write_tiny_baichuan(tmp_path / "other", seed=1, tokenizer=main_model.with_name("original"))
+    for base, words in ((main_model, "is the converted model"), (other, "its adapter is for another base: ")):
+        result = invoke("adapter", tuned.parent, tmp_path / "out", "--form", "w-pack", "--base", base)
+        assert result.exit_code == 1
+        (line,) = result.stderr.strip().splitlines()
+        assert words in line
+        assert not (tmp_path / "out").exists()

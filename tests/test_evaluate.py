@@ -162,13 +162,11 @@ def test_the_contest_from_local_tasks(tuned, tmp_path):
         "num_fewshot": 2,
     }
     # What was scored is not scored again.
-    tuned_scores = [*(run_dir / "evaluate" / "preliminary").iterdir(), *(run_dir / "evaluate" / "semi_final").iterdir()]
-    base_scores = list((run_dir / "base_scores").glob("*/*.json"))
-    assert len(tuned_scores) == len(base_scores) == 2 * 7
-    before = {path: path.read_bytes() for path in (*tuned_scores, *base_scores)}
+    before = {path: path.read_bytes() for path in (run_dir / "task_scores").iterdir()}
+    assert len(before) == 2 * 2 * 7
     (run_dir / "evaluate" / "manifest.json").unlink()
     (run_dir / "evaluate" / "metrics.json").unlink()
-    gone = run_dir / "evaluate" / "preliminary" / "gsm8k.json"
+    gone = min((run_dir / "task_scores").glob("gsm8k-tuned-*.json"))
     gone.unlink()
     again = run_command(*arguments)
     assert again.returncode == 0, again.stderr
@@ -187,6 +185,26 @@ def test_the_contest_from_local_tasks(tuned, tmp_path):
     ]
     assert "Held-out loss, nats per token" in table.stdout
     assert "Benchmark scores, %, semi-final" in table.stdout
+
+
+def test_a_wrong_setting_costs_nothing(evaluated, tmp_path):
+    """Neither the evaluation that is there nor the settings of the run."""
+    pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
+    run_dir = tmp_path / "run"
+    shutil.copytree(evaluated.parent, run_dir)
+    before = {path: path.read_bytes() for path in (run_dir / "evaluate").iterdir()}
+    write_local_tasks(tmp_path / "tasks")
+    for settings, words in (
+        (["evaluate.tasks=no_such_task"], "lm-eval has no task 'no_such_task'"),
+        (["evaluate.tasks=gsm8k", f"evaluate.task_folder={tmp_path / 'tasks'}"], "gsm8k: its prompts need 5 worked"),
+    ):
+        failed = run_command("evaluate", "--run-dir", run_dir, *[x for s in settings for x in ("--set", s)])
+        assert failed.returncode == 1
+        assert words in failed.stderr
+        assert {path: path.read_bytes() for path in (run_dir / "evaluate").iterdir()} == before
+    again = run_command("evaluate", "--run-dir", run_dir)
+    assert again.returncode == 0
+    assert "evaluate: up to date" in again.stderr
 
 
 def test_lm_eval_gets_a_model_that_asks_for_no_documents(tuned, finetune_settings, tmp_path, monkeypatch):
@@ -227,4 +245,4 @@ def test_published_base_scores(tuned, tmp_path):
     assert [row["base"]["score"] for row in scores["tasks"]] == [40.0, 80.0, 47.973, 54.4098, 59.2946, 20.0, 2.7047]
     mean = math.fsum(row["tuned"]["score"] / row["base"]["score"] for row in scores["tasks"]) / 7
     assert scores["contest"]["mean_ratio"] == pytest.approx(mean)
-    assert not (run_dir / "base_scores").exists()
+    assert not list((run_dir / "task_scores").glob("*-base-*"))

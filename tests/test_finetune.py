@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import changed, finetune, make_rows, read_log
 
-from doremi_mix.errors import ConfigError, DataError, ModelError
-from doremi_mix.pipeline import open_run
+from doremi_mix.errors import ConfigError, DataError, DivergedError, ModelError
+from doremi_mix.pipeline import open_run, resolve
 from doremi_mix.run import RunDirectory
 from doremi_mix.stages import run_pipeline, stage_states
 from doremi_mix.stages.mixture import read_mixture
@@ -193,8 +193,8 @@ def test_the_same_again_is_up_to_date_and_another_rate_is_not(tuned, finetune_se
         (
             {"model": "no/such/model"},
             ModelError,
-            "finetune.model: 'no/such/model' is no preset (tiny, small, 120m, 280m), no path that exists and no hub "
-            "name (owner/model); give one of these",
+            "finetune.model: no/such/model does not exist, and is no hub name (owner/model); give the main model's "
+            "folder",
         ),
         (
             {"data": "nowhere.jsonl"},
@@ -272,7 +272,7 @@ def test_a_run_outlives_its_main_model(drawn, finetune_settings, main_model, tmp
     assert state_of(tmp_path / "run", settings) == "outdated"
     model.rename(tmp_path / "elsewhere")
     assert state_of(tmp_path / "run", settings) == "finished"
-    with pytest.raises(ModelError, match=r"^finetune\.model: .* is no preset .*, no path that exists"):
+    with pytest.raises(ModelError, match=r"^finetune\.model: .* does not exist, and is no hub name"):
         finetune(drawn, tmp_path / "run", changed(settings, epochs=2))
 
 
@@ -295,6 +295,28 @@ def test_stopped_while_it_tidies_up_it_can_go_on(drawn, tuned, finetune_settings
     name = "adapter/adapter_model.safetensors"
     assert (again / name).read_bytes() == (tuned / name).read_bytes()
     assert not (again / "examples").exists()
+
+
+def test_what_fails_leaves_the_adapter_that_was_there(tuned, finetune_settings, tmp_path):
+    """A typo, data that are empty, a training that diverges: the earlier result stands until the next is complete."""
+    shutil.copytree(tuned.parent, tmp_path / "run")
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"instruction": "a", "input": "", "output": ""}\n' * 3, encoding="utf-8")
+    before = {file: file.read_bytes() for file in (tmp_path / "run" / "finetune").rglob("*") if file.is_file()}
+    for given, kind in (
+        ({"data": str(path)}, DataError),
+        ({"learning_rate": 1e30}, DivergedError),
+        ({"max_example_tokens": 5_000}, ConfigError),
+        ({"lora_target_modules": ["foo"]}, ModelError),
+    ):
+        with pytest.raises(kind):
+            finetune(tuned.parent, tmp_path / "run", changed(finetune_settings, **given))
+        after = {file: file.read_bytes() for file in (tmp_path / "run" / "finetune").rglob("*") if file.is_file()}
+        assert after == before
+        # And the next command, which does not give it, finds the settings of before.
+        run = RunDirectory(tmp_path / "run")
+        assert resolve(run.describe()["given"], run)[0].finetune.learning_rate == 0.02
+        assert state_of(tmp_path / "run", run.describe()["given"]) == "finished"
 
 
 def test_plain_text_is_trained_on_when_it_is_asked_for(small_settings, main_model, corpus, tmp_path, capsys):

@@ -408,7 +408,11 @@ def test_adapters_over_one_base(corpus, finished_run, model_config, tmp_path, mo
 
     for part, other in (("fold-1", "fold-2"), ("fold-2", "fold-1")):
         folder = tmp_path / "run" / "reference" / part / "model"
-        assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "doremi_mix_adapter.json",
+        ]
         model = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), str(folder))
         mine, theirs = (np.array(sorted(watch.scored[name]))[:6] for name in (part, other))
         assert np.abs(reference_loss_of(store, model, mine) - cached.read(mine)).max() < 1e-4

@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from doremi_mix.errors import RunDirectoryError
+from doremi_mix.errors import ConfigError, RunDirectoryError
 from doremi_mix.run import MANIFEST, STARTED, RunDirectory, fingerprint, write_atomic, write_json
 
 
@@ -48,15 +48,62 @@ def test_a_stage_that_starts_over_leaves_the_earlier_result_alone_until_it_has_f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["load"]
 
 
-def test_a_finished_stage_is_wiped_before_it_is_made_again(tmp_path):
+def test_a_finished_stage_stands_until_it_is_made_again(tmp_path):
     run = RunDirectory(tmp_path)
     run.begin("proxy", "f1", resumable=True)
+    (run.work_path("proxy", resumable=True) / "result").write_text("1")
     run.finish("proxy", "f1", {"seconds": 1}, resumable=True)
     manifest = run.manifest("proxy")
     assert manifest == {"stage": "proxy", "fingerprint": "f1", "seconds": 1}
-    folder = run.begin("proxy", "f1", resumable=True)
-    assert run.manifest("proxy") is None
-    assert not (folder / MANIFEST).exists()
+    folder = run.begin("proxy", "f2", resumable=True)
+    assert [path.name for path in folder.iterdir()] == ["started.json"]
+    (folder / "half").write_text("2")
+    assert run.manifest("proxy") == manifest
+    assert (run.stage_path("proxy") / "result").read_text() == "1"
+    # Killed here, it goes on; with another fingerprint it starts again.
+    assert (run.begin("proxy", "f2", resumable=True) / "half").exists()
+    assert not (run.begin("proxy", "f3", resumable=True) / "half").exists()
+    assert (run.stage_path("proxy") / "result").read_text() == "1"
+    run.finish("proxy", "f3", {"seconds": 3}, resumable=True)
+    assert run.manifest("proxy")["fingerprint"] == "f3"
+    assert sorted(path.name for path in run.stage_path("proxy").iterdir()) == ["manifest.json", "started.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["proxy"]
+    assert run.finished == ["proxy", "proxy"]
+
+
+def test_parts_of_a_run_are_made_beside_their_own_places(tmp_path):
+    run = RunDirectory(tmp_path).with_places({"proxy": "round-1-seed-1"})
+    run.begin("proxy", "f1", resumable=True)
+    run.finish("proxy", "f1", {}, resumable=True)
+    assert run.begin("proxy", "f2", resumable=True) == tmp_path / "round-1-seed-1" / ".proxy.partial"
+    run.finish("proxy", "f2", {}, resumable=True)
+    assert run.manifest("proxy")["fingerprint"] == "f2"
+    assert [path.name for path in (tmp_path / "round-1-seed-1").iterdir()] == ["proxy"]
+
+
+def stop(run, value, error, stage=None):
+    """Stores a setting, finishes a stage perhaps, and fails."""
+    with run.settings_kept():
+        run.path.mkdir(exist_ok=True)
+        run.save({"a": value}, "cpu", f"a: {value}\n")
+        if stage is not None:
+            run.begin(stage, "f1", resumable=False)
+            run.finish(stage, "f1", {}, resumable=False)
+        raise error
+
+
+def test_settings_are_put_back_when_nothing_came_of_them(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    for value, error, stage, kept in (
+        (1, ConfigError("there were none before"), None, 1),
+        (2, ConfigError("wrong"), None, 1),
+        (3, KeyboardInterrupt(), None, 3),
+        (4, ConfigError("wrong, later"), "load", 4),
+    ):
+        with pytest.raises(type(error)):
+            stop(run, value, error, stage)
+        assert run.describe()["given"] == {"a": kept}
+        assert (tmp_path / "run" / "config.yaml").read_text() == f"a: {kept}\n"
 
 
 def _hold(path, locked, release):

@@ -64,7 +64,7 @@ def test_what_cannot_be_had_is_said():
         "why_no_contest": "gsm8k: the base model scores 0 [so]",
     }
     lines = printed(render_scores(summary))
-    assert lines[4] == " gsm8k   100 0.0 ± 0.0 2.0 ± 1.4     -"
+    assert lines[4] == " gsm8k   100  0.0 2.0 ± 1.4     -"
     assert " ".join(lines[6:]) == (
         "±: standard error over items; that of a ratio takes the two models' errors as independent; "
         "-: the base score is 0 no contest score: gsm8k: the base model scores 0 [so]"

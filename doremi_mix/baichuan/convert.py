@@ -5,7 +5,8 @@ other tensor is taken over bit by bit.  The logits stay the same.
 
 The files of the result come into being one after the other: each is written under a hidden name, read again, compared
 with the original, and gets its name.  ``.conversion.partial.json`` says which are done, so that a run after a kill goes
-on; ``conversion.json`` is written last, and its existence means that the conversion finished.
+on; ``conversion.json`` is written last, and its existence means that the conversion finished.  Until then there is no
+``config.json`` either, so that nothing takes the folder for a model.
 """
 
 from __future__ import annotations
@@ -36,15 +37,20 @@ from doremi_mix.baichuan.layout import (
 from doremi_mix.baichuan.record import (
     PARTIAL,
     RECORD,
+    STAMPS,
+    damaged_files,
     explain_system_errors,
-    is_finished,
+    find_record,
     own_folder,
     read_record,
+    read_stamps,
+    sha256_of,
+    stamps_of,
     temporary_of,
     write_json,
 )
-from doremi_mix.baichuan.shards import Inventory, ShardReader, WeightFiles, find_weights, take_inventory
-from doremi_mix.baichuan.writer import ShardPlan, check_shard, plan_shards, sha256_of, write_shard
+from doremi_mix.baichuan.shards import Inventory, ShardReader, WeightFiles, checked_sha256, find_weights, take_inventory
+from doremi_mix.baichuan.writer import ShardPlan, check_shard, plan_shards, write_shard
 from doremi_mix.errors import ModelError
 
 FORMAT = "doremi-mix/baichuan-conversion"
@@ -68,6 +74,8 @@ class Conversion:
         dtype: of the weights: ``bfloat16`` and so on.
         num_zero_head_rows: rows of the head that are all zeros and stay so.
         num_kept_shards: weight files that an earlier run had finished.
+        was_up_to_date: whether there was nothing to do.
+        repaired: files of a finished conversion that were missing or changed, and were written again.
         seconds: that this took.
     """
 
@@ -79,12 +87,9 @@ class Conversion:
     dtype: str
     num_zero_head_rows: int
     num_kept_shards: int
+    was_up_to_date: bool
+    repaired: tuple[str, ...]
     seconds: float
-
-    @property
-    def was_up_to_date(self) -> bool:
-        """Whether earlier runs had written all weights."""
-        return self.num_kept_shards == self.num_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +113,9 @@ def source_bytes(source: Path) -> int:
     Raises:
         ModelError: there are none.
     """
-    weights = find_weights(source)
-    return sum((source / file).stat().st_size for file in weights.files)
+    with explain_system_errors(source):
+        weights = find_weights(source)
+        return sum((source / file).stat().st_size for file in weights.files)
 
 
 def convert(
@@ -151,24 +157,33 @@ def convert(
             "source": _identity(source, weights),
             "max_shard_bytes": max_shard_bytes,
         }
+        stamps = stamps_of(source, weights.files)
         num_advanced, count = _counted(advance)
         with own_folder(source, target):
-            if is_finished(target, begun):
+            found = _find_result(source, target, begun, stamps, say)
+            damaged = damaged_files(target, found) if found else []
+            is_finished = found is not None and not damaged
+            kept = {plan.file for plan in plans}
+            if is_finished:
                 say(f"{target}: is up to date")
-                num_kept = len(plans)
             else:
                 _prepare(source, target, layout, plans, begun)
                 shards, source_sha256 = _write_shards(target, plans, ShardReader(source, inventory), say, count)
+                if stamps_of(source, weights.files) != stamps:
+                    raise ModelError(f"{source}: changed while it was converted; run the same command again")
                 record = _describe(plans, inventory, shards) | {"source_sha256": source_sha256}
+                write_json(target / STAMPS, stamps)
                 _finish(source, target, layout, plans, begun | record)
-                num_kept = sum(shard.kept for shard in shards)
+                kept = {plan.file for plan, shard in zip(plans, shards, strict=True) if shard.kept}
             (target / PARTIAL).unlink(missing_ok=True)
             record = read_record(target / RECORD)
         advance(source_bytes(source) - num_advanced())
     return Conversion(
         target=target,
         **{key: record[key] for key in _COUNTS},
-        num_kept_shards=num_kept,
+        num_kept_shards=len(kept),
+        was_up_to_date=is_finished,
+        repaired=tuple(sorted({*damaged, *(plan.file for plan in plans)} - kept)) if damaged else (),
         seconds=time.monotonic() - start,
     )
 
@@ -200,6 +215,35 @@ def _identity(source: Path, weights: WeightFiles) -> dict[str, dict[str, Any]]:
     }
 
 
+def _find_result(
+    source: Path,
+    target: Path,
+    begun: Mapping[str, Any],
+    stamps: Mapping[str, list[int]],
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Returns the record of a finished conversion; one of other weights, as damaged ones were, is taken away.
+
+    Raises:
+        ModelError: the target is of something else, or a weight file that changed since is damaged.
+    """
+    record = find_record(target, begun)
+    known = read_stamps(target)
+    changed = [file for file, stamp in stamps.items() if known.get(file) != stamp]
+    if record is None or not changed:
+        return record
+    say(f"{source}: {', '.join(changed)} may have changed since the conversion; comparing the sha256")
+    expected = record["source_sha256"]
+    if all(checked_sha256(source / file) == expected[file] for file in changed if file in expected):
+        write_json(target / STAMPS, stamps)
+        return record
+    say(f"{source}: has changed since the conversion; converting anew")
+    # First of all the config, without which the rest is no model; the record goes last, when its files are gone.
+    for file in (CONFIG, *record["files"], STAMPS):
+        (target / file).unlink(missing_ok=True)
+    return None
+
+
 def _prepare(source: Path, target: Path, layout: Layout, plans: list[ShardPlan], begun: Mapping[str, Any]) -> None:
     """Marks the folder as that of an unfinished conversion and checks what can be checked before the long part.
 
@@ -209,7 +253,8 @@ def _prepare(source: Path, target: Path, layout: Layout, plans: list[ShardPlan],
     from doremi_mix.baichuan.tokenizer import copy_tokenizer
 
     write_json(target / PARTIAL, begun)
-    (target / RECORD).unlink(missing_ok=True)
+    for name in (RECORD, CONFIG, INDEX):
+        (target / name).unlink(missing_ok=True)
     missing = [plan for plan in plans if not (target / plan.file).is_file()]
     try:
         copy_tokenizer(source, target, layout.vocab_size)
@@ -235,7 +280,7 @@ def _background() -> Iterator[Callable[[Path], Future[str]]]:
     stop = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         try:
-            yield lambda path: pool.submit(sha256_of, path, stop)
+            yield lambda path: pool.submit(checked_sha256, path, stop)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -258,15 +303,18 @@ def _write_shards(
     with _background() as sha256_beside:
         for number, plan in enumerate(plans, start=1):
             # A file of the original is hashed while it is converted, so that the disk has to give it only once.
-            for path in dict.fromkeys(reader.path_of(tensor.source) for tensor in plan.tensors):
+            used = list(dict.fromkeys(reader.path_of(tensor.source) for tensor in plan.tensors))
+            for path in used:
                 if path.name not in source_digests:
                     source_digests[path.name] = sha256_beside(path)
+            digests = [source_digests[path.name] for path in used]
             shard = _check_kept(target / plan.file, plan, reader, sha256_beside)
             if shard is not None:
+                _keep_if_whole(target / plan.file, digests)
                 advance(plan.num_tensor_bytes)
                 line = "kept from an earlier run"
             else:
-                shard = _write_one(target / plan.file, plan, reader, sha256_beside, advance)
+                shard = _write_one(target / plan.file, plan, reader, sha256_beside, digests, advance)
                 line = f"{_size(plan.num_bytes)} written and checked"
             shards.append(shard)
             say(f"{plan.file}: {line} ({number} of {len(plans)})")
@@ -291,6 +339,7 @@ def _write_one(
     plan: ShardPlan,
     reader: ShardReader,
     sha256_beside: Callable[[Path], Future[str]],
+    source_digests: list[Future[str]],
     advance: Callable[[int], None],
 ) -> _Shard:
     """Writes and checks a file under a hidden name, and gives it its own when it is right."""
@@ -299,10 +348,21 @@ def _write_one(
         write_shard(temporary, plan, reader, advance)
         digest = sha256_beside(temporary)
         shard = _Shard(check_shard(temporary, plan, reader), digest.result(), kept=False)
+        _keep_if_whole(temporary, source_digests)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     return shard
+
+
+def _keep_if_whole(path: Path, source_digests: list[Future[str]]) -> None:
+    """Deletes a file of the result, and says so, where a file of the original that it was made of is damaged."""
+    try:
+        for digest in source_digests:
+            digest.result()
+    except ModelError:
+        path.unlink()
+        raise
 
 
 def _describe(plans: list[ShardPlan], inventory: Inventory, shards: list[_Shard]) -> dict[str, Any]:

@@ -92,9 +92,8 @@ def read_layout(source: Path) -> Layout:
     Raises:
         ModelError: there is no config, it is damaged, or it is of another model, with the reason.
     """
+    require_folder(source)
     path = source / CONFIG
-    if not source.is_dir():
-        raise ModelError(f"{source}: no such folder; give the folder of Baichuan2-7B as it was downloaded")
     if not path.is_file():
         raise ModelError(f"{source}: holds no {CONFIG}; give the folder of Baichuan2-7B as it was downloaded")
     config = read_object(path)
@@ -119,6 +118,17 @@ def read_layout(source: Path) -> Layout:
         eos_id=_token_id(path, config, "eos_token_id", 2),
         pad_id=_token_id(path, config, "pad_token_id", 0),
     )
+
+
+def require_folder(source: Path) -> None:
+    """Makes sure that a checkpoint is a folder at all.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not source.is_dir():
+        what = "is a file, expected a folder" if source.exists() else "no such folder"
+        raise ModelError(f"{source}: {what}; give the folder of Baichuan2-7B as it was downloaded")
 
 
 def vendor_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:

@@ -1,16 +1,20 @@
 """The folder of a conversion: whose it is, what is done in it, and files that are whole or not there.
 
 ``.conversion.partial.json`` is its first file, ``conversion.json`` its last: the one says what is being converted, the
-other that it finished, and with what result.
+other that it finished, and with what result.  ``.conversion.stamps.json`` keeps sizes and times of change of the
+original's weight files.  It is a file of its own because times say nothing about the result, whose fingerprint has
+``conversion.json`` in it and leaves out hidden files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,21 @@ from doremi_mix.errors import ModelError, short_reason
 
 RECORD = "conversion.json"
 PARTIAL = ".conversion.partial.json"
+STAMPS = ".conversion.stamps.json"
+
+
+def folder_of(text: str, what: str) -> Path:
+    """Returns the folder that a person has typed, with ``~`` for the home folder.
+
+    Raises:
+        ModelError: it is empty, or of an unknown person.
+    """
+    if not text.strip():
+        raise ModelError(f"{what}: expected a folder, got an empty path; give one")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ModelError(f"{text}: no such home folder; give the whole path") from None
 
 
 @contextlib.contextmanager
@@ -28,10 +47,16 @@ def own_folder(source: Path, target: Path) -> Iterator[None]:
         ModelError: the target is in use or is no folder of its own.
     """
     is_new = not target.exists()
-    if not is_new and not target.is_dir():
-        raise ModelError(f"{target}: is a file; give a new folder")
+    place = next(path for path in (target, *target.parents) if path.exists() or path.is_symlink())
+    if not place.exists():
+        raise ModelError(f"{place}: is a link that leads nowhere; give a new folder")
+    if not place.is_dir():
+        inside = "" if place == target else f", and {target} cannot lie in it"
+        raise ModelError(f"{place}: is a file{inside}; give a new folder")
     if not is_new and target.samefile(source):
         raise ModelError(f"{target}: is the folder of the checkpoint itself; give a new folder")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ModelError(f"{target}: lies in the folder of the checkpoint; give a new folder outside of {source}")
     target.mkdir(parents=True, exist_ok=True)
     folder = os.open(target, os.O_RDONLY)
     try:
@@ -46,8 +71,8 @@ def own_folder(source: Path, target: Path) -> Iterator[None]:
                 target.rmdir()  # only where nothing came of it
 
 
-def is_finished(target: Path, begun: Mapping[str, Any]) -> bool:
-    """Says whether the conversion is complete: none of the files that it lists is missing.
+def find_record(target: Path, begun: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the record of a finished conversion; None where it has not begun or not finished.
 
     Args:
         target: the folder of the result.
@@ -61,7 +86,7 @@ def is_finished(target: Path, begun: Mapping[str, Any]) -> bool:
         others = sorted(path.name for path in target.iterdir() if path.name != temporary_of(target / PARTIAL).name)
         if others:
             raise ModelError(f"{target}: holds other files ({others[0]}); give a new or empty folder")
-        return False
+        return None
     record = read_record(target / found)
     if any(record.get(key) != begun[key] for key in ("format", "source")):
         raise ModelError(f"{target}: holds the conversion of another checkpoint; give a new folder, or delete this one")
@@ -70,10 +95,60 @@ def is_finished(target: Path, begun: Mapping[str, Any]) -> bool:
             f"{target}: holds a conversion into files of at most {record['max_shard_bytes']:,} bytes, not "
             f"{begun['max_shard_bytes']:,}; give the same limit or a new folder"
         )
-    return found == RECORD and all(
-        (target / file).is_file() and (target / file).stat().st_size == expected["bytes"]
+    return record if found == RECORD else None
+
+
+def damaged_files(target: Path, record: Mapping[str, Any]) -> list[str]:
+    """Returns the files of a finished conversion that are missing or changed; of the weights only the size is compared.
+
+    Args:
+        target: the folder of the result.
+        record: of the conversion.
+    """
+    return [
+        file
         for file, expected in record["files"].items()
-    )
+        if not _has_size(target / file, expected["bytes"])
+        or (not file.endswith(".safetensors") and sha256_of(target / file) != expected["sha256"])
+    ]
+
+
+def verify_conversion(target: Path, *, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Reads every file of a finished conversion again and compares it with what ``conversion.json`` says.
+
+    Args:
+        target: the folder of the result.
+        advance: is told the number of bytes that are done since it was last called.
+
+    Raises:
+        ModelError: a file is missing or differs, or the conversion has not finished.
+    """
+    with explain_system_errors(target):
+        if not (target / RECORD).is_file():
+            raise ModelError(f"{target}: holds no finished conversion ({RECORD}); convert first")
+        for file, expected in read_record(target / RECORD)["files"].items():
+            path = target / file
+            if (
+                not _has_size(path, expected["bytes"])
+                or sha256_of(path, see=lambda block: advance(len(block))) != expected["sha256"]
+            ):
+                raise ModelError(
+                    f"{path}: differs from what {RECORD} says; delete it and convert again, which writes it anew"
+                )
+
+
+def stamps_of(folder: Path, files: Sequence[str]) -> dict[str, list[int]]:
+    """Returns size and time of change (nanoseconds) of files: what tells cheaply that one may have changed."""
+    stats = {file: (folder / file).stat() for file in files}
+    return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
+
+def read_stamps(target: Path) -> dict[str, Any]:
+    """Returns the stamps of the original's weight files when they were last read; none where that is not known."""
+    try:
+        return dict(json.loads((target / STAMPS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @contextlib.contextmanager
@@ -83,8 +158,11 @@ def explain_system_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or target
+        goes_on = ""
+        with contextlib.suppress(OSError):
+            goes_on = ", it goes on where it stopped" if (target / PARTIAL).is_file() else ""
         raise ModelError(
-            f"{place}: {short_reason(error)}; settle that and run the same command again, it goes on where it stopped"
+            f"{place}: {short_reason(error)}; settle that and run the same command again{goes_on}"
         ) from None
 
 
@@ -110,6 +188,29 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def sha256_of(
+    path: Path, stop: threading.Event | None = None, see: Callable[[memoryview], None] = lambda _: None
+) -> str:
+    """Returns the sha256 of a file.
+
+    Args:
+        path: of the file.
+        stop: ends the work early when it is set; the result is then of no use.
+        see: is given each block, one after the other.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while (size := file.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(buffer[:size])
+            see(buffer[:size])
+    return digest.hexdigest()
+
+
 def temporary_of(path: Path) -> Path:
     """Returns where a file is written before it gets its name."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes

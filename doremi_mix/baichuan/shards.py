@@ -6,7 +6,9 @@ Both forms are read: ``pytorch_model*.bin`` (torch, with nothing but tensors in 
 from __future__ import annotations
 
 import pickle
+import threading
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from doremi_mix.baichuan.layout import read_object
+from doremi_mix.baichuan.layout import read_object, require_folder
+from doremi_mix.baichuan.record import sha256_of
 from doremi_mix.errors import ModelError, short_reason
 
 _STEMS = (("model", "safetensors"), ("pytorch_model", "bin"))
@@ -64,8 +67,9 @@ def find_weights(source: Path) -> WeightFiles:
         source: its folder.
 
     Raises:
-        ModelError: there are none, or one that the index names is missing.
+        ModelError: there is no such folder, there are none in it, or one that the index names is missing.
     """
+    require_folder(source)
     for stem, suffix in _STEMS:
         index, single = f"{stem}.{suffix}.index.json", f"{stem}.{suffix}"
         if (source / index).is_file():
@@ -133,6 +137,37 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise ModelError(f"{path}: expected tensors by name, got something else; fetch the file again")
     return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def checked_sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """Returns the sha256 of a weight file, and compares the checksums in it, which only ``.bin`` files have.
+
+    Args:
+        path: of the file, which is read once.
+        stop: ends the work early when it is set; the result is then of no use.
+
+    Raises:
+        ModelError: a checksum differs.
+    """
+    if path.suffix != ".bin":
+        return sha256_of(path, stop)
+    entries = _entries(path)
+    position = 0
+
+    def compare(block: memoryview) -> None:
+        nonlocal position
+        end = position + len(block)
+        for entry in entries:
+            if position < entry.end and entry.start < end:
+                part = block[max(entry.start - position, 0) : entry.end - position]
+                entry.crc = zlib.crc32(part, entry.crc)
+        position = end
+
+    digest = sha256_of(path, stop, compare)
+    for entry in entries:
+        if entry.crc != entry.expected_crc and not (stop and stop.is_set()):
+            raise ModelError(f"{path}: is damaged (the checksum of {entry.name} in it differs); fetch the file again")
+    return digest
 
 
 class ShardReader:
@@ -220,6 +255,7 @@ def _open_bin(path: Path, start: bytes) -> Any:
         )
     if not zipfile.is_zipfile(path):
         raise ModelError(f"{path}: is truncated; fetch the file again")
+    _entries(path)  # raises where it is compressed: torch would take the compressed bytes for tensors
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
@@ -228,6 +264,42 @@ def _open_bin(path: Path, start: bytes) -> Any:
         ) from None
     except Exception as error:  # damage shows itself as many classes
         raise _damaged(path, error) from None
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A file in a zip archive: where its bytes lie, and their CRC32 as recorded and as far as it is computed."""
+
+    name: str
+    start: int
+    end: int
+    expected_crc: int
+    crc: int = 0
+
+
+def _entries(path: Path) -> list[_Entry]:
+    """Returns what an archive holds, but for files without a checksum.
+
+    Raises:
+        ModelError: it is damaged or compressed.
+    """
+    entries = []
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise ModelError(
+                        f"{path}: is compressed, as torch writes no file; fetch the published file, or load it with "
+                        f"torch.load and save it with torch.save"
+                    )
+                # Name and extra field before the bytes may be longer than the ones in the directory at the end.
+                file.seek(info.header_offset + 26)
+                lengths = file.read(4)
+                start = file.tell() + sum(int.from_bytes(lengths[at : at + 2], "little") for at in (0, 2))
+                entries.append(_Entry(info.filename, start, start + info.file_size, info.CRC))
+    except zipfile.BadZipFile as error:
+        raise _damaged(path, error) from None
+    return [entry for entry in entries if entry.expected_crc]  # torch writes 0 where it is told to compute none
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:

@@ -9,11 +9,9 @@ Reference: https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,21 +129,6 @@ def check_shard(path: Path, plan: ShardPlan, reader: ShardReader) -> int:
     except SafetensorError:
         raise _differs(path, "its header") from None
     return num_zero_rows
-
-
-def sha256_of(path: Path, stop: threading.Event | None = None) -> str:
-    """Returns the sha256 of a file.
-
-    Args:
-        path: of the file.
-        stop: ends the work early when it is set; the result is then of no use.
-    """
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(2**20))
-    with path.open("rb", buffering=0) as file:
-        while (size := file.readinto(buffer)) and not (stop and stop.is_set()):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
 
 
 def _blocks(tensor: LlamaTensor, reader: ShardReader) -> Iterator[Tensor]:

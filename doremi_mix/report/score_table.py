@@ -72,7 +72,8 @@ def _with_error(value: float | None, error: float | None, digits: int, sign: str
     if value is None:
         return "-"
     shown = f"{value:{sign}.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:.{digits}f}"
+    # None is unknown; zero is a score that is taken as given, or one that all items agree on.
+    return shown if not error else f"{shown} ± {error:.{digits}f}"
 
 
 def _new_table(title: str, first: str, numbers: Sequence[str]) -> Table:

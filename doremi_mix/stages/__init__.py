@@ -56,6 +56,11 @@ class StageContext:
     processes: Processes
     label: str = ""
 
+    @property
+    def name(self) -> str:
+        """The stage's name; its folder has another one until it takes the place of an earlier result."""
+        return self.folder.name.removeprefix(".").removesuffix(".partial")
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -193,7 +198,7 @@ STAGES: tuple[Stage, ...] = (
         resumable=True,
         parallel=True,
         scratch=("checkpoint.pt",),
-        outputs=("adapter", "metrics.json"),
+        outputs=("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "metrics.json"),
         also_reads=finetune_reads,
         in_run=lambda config: config.finetune.model is not None,
     ),

@@ -2,8 +2,8 @@
 
 Writes ``metrics.json``: for every domain the loss on held-out examples of the base, of the tuned model, and their
 difference; for every benchmark both scores and their ratio; and for the contest's seven tasks its score.  The scores
-of single tasks lie in ``preliminary/`` and ``semi_final/``, so that an evaluation that was stopped goes on; those of
-the base model lie in ``base_scores/`` of the run, so that another fine-tune does not score it again.
+of single tasks lie in ``task_scores/`` of the run, by what they depend on, so that none is made twice: not of an
+evaluation that was stopped, not of the base model for another fine-tune, not when another task is added.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from doremi_mix.harness import LoadedTask
 
 HELD_OUT = "held_out"
-BASE_SCORES = "base_scores"
-"""Of the run directory: the base model's scores, which outlive a changed fine-tune."""
+TASK_SCORES = "task_scores"
+"""Of the run directory: scores of tasks, which outlive changed settings."""
 SCORE_BATCH = 4
 """Held-out examples in a forward pass; they are short, and a whole domain takes seconds."""
 ROUNDS = {"preliminary": "task_folder", "semi_final": "semi_final_task_folder"}
@@ -108,7 +108,7 @@ def _load_tasks(context: StageContext) -> dict[str, dict[str, LoadedTask]]:
     section = context.config.evaluate
     if not section.tasks:
         return {}
-    from doremi_mix.harness import load_tasks
+    from doremi_mix.harness import check_task, choose_shots, load_tasks
 
     names = [task.name for task in CONTEST_TASKS] if section.tasks == ("contest",) else list(section.tasks)
     rounds = {}
@@ -117,6 +117,8 @@ def _load_tasks(context: StageContext) -> dict[str, dict[str, LoadedTask]]:
         if name == "preliminary" or folder is not None:
             context.narrator.say(f"  reading the items of {len(names)} tasks")
             rounds[name] = load_tasks(names, None if folder is None else Path(folder))
+            for task in rounds[name].values():
+                check_task(task, choose_shots(task.name, section.num_fewshot))
     return rounds
 
 
@@ -163,25 +165,22 @@ def _benchmarks(
                 seed=section.seed,
                 advance=tracker.advance,
             )
+        path.parent.mkdir(exist_ok=True)
         write_json(path, scored.to_dict())
         context.narrator.say(f"  {label}: {scored.value:.1f} % of {scored.num_items:,} items")
         return scored
 
     results: dict[str, tuple[dict[str, TaskScore], dict[str, TaskScore]]] = {}
     for name, tasks in rounds.items():
-        folder = context.folder / name
-        folder.mkdir(exist_ok=True)
         by_model: list[dict[str, TaskScore]] = []
         for whose in ("base", "tuned"):
             if whose == "base" and section.base_scores == "published":
                 by_model.append(published_base())
                 continue
             with adapters_disabled(model.model) if whose == "base" else contextlib.nullcontext():
-                place = _base_folder(context, name) if whose == "base" else folder
-                place.mkdir(parents=True, exist_ok=True)
                 by_model.append(
                     {
-                        task_name: score(place / f"{task_name}.json", task, f"{task_name} {whose}")
+                        task_name: score(_score_path(context, name, whose, task_name), task, f"{task_name} {whose}")
                         for task_name, task in tasks.items()
                     }
                 )
@@ -189,24 +188,31 @@ def _benchmarks(
     return results
 
 
-def _base_folder(context: StageContext, name: str) -> Path:
-    """Returns where the base model's scores are kept: another adapter does not change them.
+def _score_path(context: StageContext, round_: str, whose: str, task: str) -> Path:
+    """Returns where the score of a task is kept.
 
     Args:
         context: of the stage.
-        name: of the contest's round.
+        round_: of the contest.
+        whose: base or tuned.
+        task: its name.
     """
+    from doremi_mix.harness import choose_shots
+
     finetune = context.config.finetune
     assert finetune.model is not None
     settings = evaluate_settings(context.config)
-    key = {name: settings[name] for name in ("num_fewshot", "limit", "max_length", "seed", "lm_eval")} | {
+    manifest = context.run.manifest("finetune")
+    key = {name: settings[name] for name in ("limit", "max_length", "seed", "lm_eval")} | {
         "model": base_fingerprint(finetune.model) or finetune.model,
+        "adapter": manifest["fingerprint"] if manifest and whose == "tuned" else None,
         "tokenizer": tokenizer_contents(finetune.tokenizer or finetune.model),
         "quantization": finetune.quantization,
         "bf16": has_bf16(),
-        "tasks": settings[ROUNDS[name]],
+        "tasks": settings[ROUNDS[round_]],
+        "num_fewshot": choose_shots(task, context.config.evaluate.num_fewshot),
     }
-    return context.run.path / BASE_SCORES / fingerprint(key)[:16]
+    return context.run.path / TASK_SCORES / f"{task}-{whose}-{fingerprint(key)[:16]}.json"
 
 
 def _final(

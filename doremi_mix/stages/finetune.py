@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ EXAMPLES = "examples"
 CHUNK_SIZE = 512
 CPU_TOKENS = 16_384
 """Tokens in one forward pass on a CPU at most."""
+FEW_STEPS = 20
 LEAST_TOKENS = 512
 """Tokens in one forward pass on a GPU that is tried, however small its memory."""
 
@@ -172,18 +174,18 @@ def _batches(context: StageContext, names: tuple[str, ...]) -> Iterator[tuple[li
         yield from read_mixture(context.run, rows_folder, names)
         return
     kept: list[Example] = []
-    num_rejected = 0
+    rejected: Counter[str] = Counter()
     for item in open_source(Source(name=names[0], path=Path(data))):
         if isinstance(item, Example):
             kept.append(item)
         else:
-            num_rejected += 1
+            rejected[item.rule] += 1
         if len(kept) == CHUNK_SIZE:
             yield kept, [0] * len(kept)
             kept = []
     yield kept, [0] * len(kept)
-    if num_rejected:
-        context.narrator.say(f"  {data}: {num_rejected:,} rows cannot be read and are left out")
+    if rejected:
+        context.narrator.say(f"  {data}: {rejected.total():,} rows cannot be used ({_listed(rejected)})")
 
 
 def _micro_batches(
@@ -239,8 +241,8 @@ def _describe(
     cut = "go on after the last block" if section.packing == "blocks" else f"cut at {section.max_example_tokens:,}"
     note = f"; left out: {_listed(counts.skipped)}" if counts.skipped else ""
     say(
-        f"  {counts.num_kept:,} of {counts.num_rows:,} rows, {counts.num_tokens:,} tokens "
-        f"({counts.num_truncated:,} rows {cut}){note}"
+        f"  {counts.num_kept:,} of {counts.num_rows:,} rows, {counts.num_tokens:,} tokens, of which "
+        f"{counts.num_loss_tokens:,} are learned ({counts.num_truncated:,} rows {cut}){note}"
     )
     if section.data is not None:
         say("  note: rows of it may be among the run's held-out ones, whose losses evaluate would then find too good")
@@ -255,6 +257,8 @@ def _describe(
         f"{schedule.smallest_batch:,}"
         + (f"; {schedule.num_left_out:,} of the last epoch stay out" if schedule.num_left_out else "")
     )
+    if schedule.num_steps < FEW_STEPS:
+        say(f"  note: {schedule.num_steps} steps teach little; smaller batches make more: --set finetune.batch_size=N")
     say(
         f"  {num_trainable_parameters(model):,} parameters of adapters over "
         f"{num_parameters(model) - num_trainable_parameters(model):,} frozen ones"

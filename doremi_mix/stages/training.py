@@ -194,7 +194,7 @@ def train_model(
         The trained model, ready to be scored, and its Accelerator.
     """
     store = open_store(context.run)
-    stage = context.folder.name
+    stage = context.name
     folder = context.folder / part
     folder.mkdir(parents=True, exist_ok=True)
     T = store.context_length
