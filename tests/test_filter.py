@@ -566,6 +566,9 @@ def test_rejections_of_other_settings_are_told(tmp_path, folder):
     assert "note:" not in doremi("rejections", "--run-dir", run_dir).output
     failing = doremi("filter", "--run-dir", run_dir, "--set", "filter.rules.text_length.min=100000")
     assert "; the same holds for good, 城市" in failing.output
+    # They were refused, and are forgotten; those that a stage took are not.
+    assert "note:" not in doremi("rejections", "--run-dir", run_dir).output
+    doremi("load", "--run-dir", run_dir, "--set", "filter.rules.text_length.min=100000")
     assert "the settings have changed since" in doremi("rejections", "--run-dir", run_dir).output
 
 
