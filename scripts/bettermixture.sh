@@ -43,6 +43,10 @@ echo "4/7 fine-tune the main model on the mixture ($(cost "finetune, micro-batch
 doremi-mix finetune --run-dir "$run" --set "finetune.model=$model"
 echo "5/7 base and tuned model: held-out loss of every domain, seven benchmarks, the score ($(cost evaluate))"
 doremi-mix evaluate --run-dir "$run"
+if [ -n "$tiny" ]; then
+    echo "    tiny: a random model solves nothing, and a ratio to nothing is none; the same against the published base scores"
+    doremi-mix evaluate --run-dir "$run" --set evaluate.base_scores=published
+fi
 echo "6/7 the adapter for Baichuan2's original layout"
 rm -rf "$run-adapter-w-pack" "$run-merged"
 doremi-mix adapter "$run" "$run-adapter-w-pack" --form w-pack --base "$original"
