@@ -7,7 +7,6 @@ on each other and B is block-diagonal, at the same scaling.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -32,24 +31,13 @@ from doremi_mix.adapters import (
 )
 from doremi_mix.baichuan.shards import WeightFiles, find_weights, open_shard
 from doremi_mix.errors import ModelError
+from doremi_mix.tensor_files import DTYPE_CODES, safetensors_header
 
 W_PACK = "W_pack"
 _QKV = ("q_proj", "k_proj", "v_proj")
 _SAME_NAMES = ("o_proj", "gate_proj", "up_proj", "down_proj")
 _LAYER = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+")
 
-_DTYPE_CODES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _MERGED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHT_SUFFIXES = (".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".safetensors")
 
@@ -296,31 +284,16 @@ def _merged(
 def _write_tensors(
     path: Path, values: Iterator[Tensor], forms: Mapping[str, Tensor], advance: Callable[[int], None]
 ) -> int:
-    """Writes a safetensors file tensor by tensor, and returns the bytes of the tensors.
-
-    safetensors' own function wants all of them in memory at once.  The format is eight bytes with the length of a JSON
-    header, the header, and the raw tensors (https://huggingface.co/docs/safetensors).
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    """Writes a safetensors file tensor by tensor, and returns the bytes of the tensors."""
     for name, tensor in forms.items():
-        if tensor.dtype not in _DTYPE_CODES:
+        if tensor.dtype not in DTYPE_CODES:
             raise ModelError(f"{name} is {tensor.dtype}, which cannot be written; give the model in full precision")
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(safetensors_header((name, tensor.dtype, tensor.shape) for name, tensor in forms.items()))
         for tensor in values:
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             advance(tensor.nbytes)
-    return offset
+    return sum(tensor.nbytes for tensor in forms.values())
 
 
 def _copy_other_files(base: Path, folder: Path) -> None:

@@ -113,8 +113,8 @@ def init(
     out: Annotated[Path, typer.Option("--out", help="the YAML file to write")],
 ) -> None:
     """Writes a commented config for some files, with the schema that was detected in each."""
+    from doremi_mix.atomic import write_atomic
     from doremi_mix.config_file import write_commented
-    from doremi_mix.run import write_atomic
     from doremi_mix.sources import Source, open_source
     from doremi_mix.sources.files import domain_name, find_files
 

@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_json
 from doremi_mix.errors import DataError
 from doremi_mix.packing import pack
 from doremi_mix.store import ArrayWriter
@@ -149,9 +150,7 @@ def write_examples(
     if not counts.num_kept:
         raise DataError(_nothing_kept(counts, max_example_tokens))
     settings = {"vocab_size": tokenizer.vocab_size, "pad_id": tokenizer.pad_id}
-    temporary = folder / f".{EXAMPLES}.tmp"
-    temporary.write_text(json.dumps({**asdict(counts), **settings}, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / EXAMPLES)
+    write_json(folder / EXAMPLES, {**asdict(counts), **settings})
     return counts
 
 

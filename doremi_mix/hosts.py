@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from doremi_mix import __version__
+from doremi_mix.atomic import write_json
 from doremi_mix.errors import ConfigError
 from doremi_mix.row_jobs import JOB_FILE
-from doremi_mix.run import write_json
 
 CALL_FILE = ".hosts.json"
 BEAT_SECONDS = 2.0

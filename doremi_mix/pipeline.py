@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from doremi_mix.atomic import write_atomic
 from doremi_mix.checks import (
     check_adapters,
     check_compare,
@@ -31,7 +32,7 @@ from doremi_mix.errors import ConfigError, DataError, RunDirectoryError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
 from doremi_mix.progress import Narrator, format_seconds
 from doremi_mix.replicas import PER_REPLICA, replicas
-from doremi_mix.run import RunDirectory, write_atomic
+from doremi_mix.run import RunDirectory
 from doremi_mix.sources.files import find_files
 from doremi_mix.stages import run_pipeline
 from doremi_mix.stages.load import list_sources, peek_sources

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import temporary_of, write_json
 from doremi_mix.errors import RunDirectoryError, short_reason
 from doremi_mix.filters.scores import FAMILIES
-from doremi_mix.run import read_json, temporary_of, write_json
+from doremi_mix.run import read_json
 from doremi_mix.stages.load import loaded_path
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import doremi_mix.errors as known_errors
+from doremi_mix.atomic import write_json
 from doremi_mix.errors import ConfigError, DoremiMixError
 from doremi_mix.row_jobs import Job, run_units
-from doremi_mix.run import read_json, write_json
+from doremi_mix.run import read_json
 
 LOGS = ".logs"
 SLURM_JOBS = "slurm_jobs.txt"

@@ -13,12 +13,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from doremi_mix.atomic import temporary_of, write_atomic, write_json
 from doremi_mix.errors import DoremiMixError, RunDirectoryError
 
 MANIFEST = "manifest.json"
@@ -26,27 +26,6 @@ STARTED = "started.json"
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
 RUN_FORMAT = "doremi-mix/run"
-
-
-def temporary_of(path: Path) -> Path:
-    """Returns where a file is written before it gets its name."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing: a reader sees the old content or the new, also after a crash."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = temporary_of(path)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON that a person can read, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_json
 from doremi_mix.errors import RunDirectoryError
 from doremi_mix.filters.scores import FAMILIES
 from doremi_mix.progress import Narrator, Tracker
 from doremi_mix.row_jobs import JOB_FILE, WANTED, Job, Unit, from_arrow, plan_units
-from doremi_mix.run import RunDirectory, fingerprint, read_json, write_json
+from doremi_mix.run import RunDirectory, fingerprint, read_json
 from doremi_mix.stages.load import loaded_path, read_summary
 
 SCORES = "scores"

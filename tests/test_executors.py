@@ -13,6 +13,7 @@ from rich.console import Console
 from test_row_jobs import SIZES, files_of, stub, wait_until, write_job, write_loaded
 
 from doremi_mix import __version__, executors, hosts
+from doremi_mix.atomic import write_json
 from doremi_mix.config import Config, FilterConfig
 from doremi_mix.errors import ConfigError, ModelError
 from doremi_mix.executors import check_executor, make_executor, run_worker
@@ -21,7 +22,7 @@ from doremi_mix.hosts import CALL_FILE, Call, Watch, announce
 from doremi_mix.progress import Narrator
 from doremi_mix.row_jobs import JOB_FILE, Job, run_units
 from doremi_mix.row_workers import LOGS, SLURM_JOBS, read_error, write_error
-from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.run import RunDirectory, read_json
 
 assert stub  # a fixture of this module, too
 NUM_ROWS = sum(SIZES.values())

@@ -8,8 +8,9 @@ import yaml
 from conftest import read_log
 from test_cli import assert_one_line, invoke
 
+from doremi_mix.atomic import write_json
 from doremi_mix.mixture import natural_weights, temperature_weights, uniform_weights
-from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages.training import available_tokens, open_store
 
 NAMES = ("fruit", "metal", "水")

@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from doremi_mix import row_workers
+from doremi_mix.atomic import write_json
 from doremi_mix.errors import ConfigError, ModelError, RunDirectoryError
 from doremi_mix.filters.exact_duplicates import text_keys
 from doremi_mix.filters.scores import FAMILIES, Family
 from doremi_mix.filters.texts import example_texts
 from doremi_mix.row_jobs import WANTED, Job, from_arrow, plan_units, run_units
 from doremi_mix.row_workers import run_workers
-from doremi_mix.run import write_json
 
 TURN = pa.struct([("user", pa.string()), ("assistant", pa.string())])
 TEXTS = ("instruction", "input", "output", "system", "row")

@@ -5,8 +5,9 @@ import multiprocessing
 
 import pytest
 
+from doremi_mix.atomic import write_atomic, write_json
 from doremi_mix.errors import ConfigError, RunDirectoryError
-from doremi_mix.run import MANIFEST, STARTED, RunDirectory, fingerprint, write_atomic, write_json
+from doremi_mix.run import MANIFEST, STARTED, RunDirectory, fingerprint
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from doremi_mix import row_jobs, score_store
+from doremi_mix.atomic import write_json
 from doremi_mix.filters.scores import FAMILIES, Family
 from doremi_mix.progress import Narrator
 from doremi_mix.row_jobs import run_units
-from doremi_mix.run import RunDirectory, fingerprint, write_json
+from doremi_mix.run import RunDirectory, fingerprint
 from doremi_mix.score_store import ScoreRequest, ScoreStore
 
 ROWS = {"fruit": 7, "水": 5}

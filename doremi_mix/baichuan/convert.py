@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from doremi_mix import __version__
+from doremi_mix.atomic import temporary_of, write_json
 from doremi_mix.baichuan.layout import (
     CONFIG,
     GENERATION_CONFIG,
@@ -46,8 +47,6 @@ from doremi_mix.baichuan.record import (
     read_stamps,
     sha256_of,
     stamps_of,
-    temporary_of,
-    write_json,
 )
 from doremi_mix.baichuan.shards import Inventory, ShardReader, WeightFiles, checked_sha256, find_weights, take_inventory
 from doremi_mix.baichuan.writer import ShardPlan, check_shard, plan_shards, write_shard

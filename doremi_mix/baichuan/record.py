@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from doremi_mix.atomic import temporary_of
 from doremi_mix.errors import ModelError, short_reason
 
 RECORD = "conversion.json"
@@ -178,16 +179,6 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: is damaged; delete {path.parent} and convert again") from None
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a whole file or nothing."""
-    temporary = temporary_of(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def sha256_of(
     path: Path, stop: threading.Event | None = None, see: Callable[[memoryview], None] = lambda _: None
 ) -> str:
@@ -205,11 +196,6 @@ def sha256_of(
             digest.update(buffer[:size])
             see(buffer[:size])
     return digest.hexdigest()
-
-
-def temporary_of(path: Path) -> Path:
-    """Returns where a file is written before it gets its name."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def _has_size(path: Path, num_bytes: int) -> bool:

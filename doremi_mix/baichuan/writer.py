@@ -1,15 +1,11 @@
-"""Writes and checks safetensors shards of the result, block by block.
+"""Writes and checks safetensors shards of the result, block by block (see ``tensor_files`` for the format).
 
-The format is simple enough to be written directly: eight bytes with the length of a JSON header, the header, then the
-raw tensors.  safetensors' own function wants all tensors of a shard in memory at once; here it is one block.  The check
-afterwards reads the file with that library, so that nothing rests on this module's idea of the format alone.
-
-Reference: https://huggingface.co/docs/safetensors.
+One block is in memory at a time.  The check afterwards reads the file with safetensors' own library, so that nothing
+rests on our idea of the format alone.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +22,9 @@ from torch.nn import functional
 from doremi_mix.baichuan.layout import HEAD, LlamaTensor
 from doremi_mix.baichuan.shards import ShardReader
 from doremi_mix.errors import ModelError
+from doremi_mix.tensor_files import safetensors_header
 
 BLOCK_BYTES = 8 * 2**20
-
-_DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,19 +173,7 @@ def _check_lengths(rows: Tensor, first_row: int) -> int:
 
 
 def _header(tensors: Sequence[LlamaTensor], dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.num_elements * dtype.itemsize
-        entries[tensor.name] = {
-            "dtype": _DTYPE_CODES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return len(text).to_bytes(8, "little") + text
+    return safetensors_header((tensor.name, dtype, tensor.shape) for tensor in tensors)
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from doremi_mix.report.table import new_table
 
 
 def render_scores(summary: Mapping[str, Any], title: str = "Benchmark scores, %") -> Table:
@@ -18,7 +19,7 @@ def render_scores(summary: Mapping[str, Any], title: str = "Benchmark scores, %"
         title: above the table.
     """
     tasks = summary["tasks"]
-    table = _new_table(title, "task", ["items", "base", "tuned", "ratio"])
+    table = new_table(title, "task", ["items", "base", "tuned", "ratio"])
     for row in tasks:
         table.add_row(
             escape(row["task"]),
@@ -50,7 +51,7 @@ def render_held_out(losses: Mapping[str, Mapping[str, float | None]], average: s
             ``standard_error`` (None where unknown).
         average: the key of a row that is no domain and comes last.
     """
-    table = _new_table("Held-out loss, nats per token", "domain", ["base", "tuned", "tuned - base"])
+    table = new_table("Held-out loss, nats per token", "domain", ["base", "tuned", "tuned - base"])
     domains = sorted((name for name in losses if name != average), key=lambda name: (_number(losses[name]), name))
     for name in [*domains, *([average] if average in losses else [])]:
         if name == average:
@@ -74,12 +75,3 @@ def _with_error(value: float | None, error: float | None, digits: int, sign: str
     shown = f"{value:{sign}.{digits}f}"
     # None is unknown; zero is a score that is taken as given, or one that all items agree on.
     return shown if not error else f"{shown} ± {error:.{digits}f}"
-
-
-def _new_table(title: str, first: str, numbers: Sequence[str]) -> Table:
-    """Returns a table narrow enough for 80 columns with names of 20 characters."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 0))
-    table.add_column(first, overflow="fold")
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table

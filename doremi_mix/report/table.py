@@ -77,7 +77,7 @@ def render_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     if {"interval", "epochs"} <= set(shown):
         # No room for all: the available tokens are the allocated ones over the epochs.
         shown.remove("available_tokens")
-    table = _new_table(title, "domain", [COLUMNS[key][0] for key in shown])
+    table = new_table(title, "domain", [COLUMNS[key][0] for key in shown])
     for row in rows:
         table.add_row(escape(row["domain"]), *(COLUMNS[key][1](row[key]) for key in shown))
     return table
@@ -95,7 +95,7 @@ def render_comparison(results: Mapping[str, Any]) -> Group:
     pairs = {pair["baseline"]: pair for pair in results["pairs"] if pair["mixture"] == candidate}
     several = len(results["seeds"]) > 1
     seeds = f"mean over {len(results['seeds'])} seeds" if several else "one seed"
-    losses = _new_table(f"Held-out loss, nats per token ({seeds})", "mixture", ["average\nloss", "worst\nloss"])
+    losses = new_table(f"Held-out loss, nats per token ({seeds})", "mixture", ["average\nloss", "worst\nloss"])
     losses.add_column("worst\ndomain", overflow="fold")
     for name in order:
         result = mixtures[name]
@@ -105,7 +105,7 @@ def render_comparison(results: Mapping[str, Any]) -> Group:
     if several:
         counts |= {"num_clearly_better": "clearly\nbetter", "num_clearly_worse": "clearly\nworse"}
     title = f"{escape(candidate)} minus the others (lower is better)"
-    differences = _new_table(title, "mixture", ["average\nloss", "worst\nloss", *counts.values()])
+    differences = new_table(title, "mixture", ["average\nloss", "worst\nloss", *counts.values()])
     differences.caption = "better: domains with a lower loss"
     if several:
         differences.caption = (
@@ -127,7 +127,7 @@ def _format_difference(interval: Mapping[str, float | None], several: bool) -> s
     return shown
 
 
-def _new_table(title: str, first: str, numbers: Sequence[str]) -> Table:
+def new_table(title: str, first: str, numbers: Sequence[str]) -> Table:
     """Returns a table narrow enough for 80 columns with names of 20 characters."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 0))
     table.add_column(first, overflow="fold")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from doremi_mix.atomic import write_json
 from doremi_mix.executors import make_executor
 from doremi_mix.filtering import analysis_requests
 from doremi_mix.row_statistics import describe_rows
-from doremi_mix.run import write_json
 from doremi_mix.score_store import ScoreRequest, ScoreStore
 from doremi_mix.stages import StageContext
 

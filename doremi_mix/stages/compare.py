@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_atomic, write_json
 from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import CHECKPOINT
 from doremi_mix.comparison import Comparison, compare_mixtures
@@ -28,7 +29,7 @@ from doremi_mix.objectives import PlainObjective
 from doremi_mix.power import minimum_detectable_difference
 from doremi_mix.replicas import SEED_MODULUS
 from doremi_mix.report.comparison_plot import plot_comparison
-from doremi_mix.run import RunDirectory, read_json, write_atomic, write_json
+from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages import StageContext, free_memory
 from doremi_mix.stages.training import (
     available_tokens,

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from doremi_mix.adapters import adapters_disabled, base_fingerprint
+from doremi_mix.atomic import write_json
 from doremi_mix.baichuan.tokenizer import load_hf_tokenizer
 from doremi_mix.benchmarks import (
     CONTEST_TASKS,
@@ -36,7 +37,7 @@ from doremi_mix.finetune_data import ExampleStore, SequenceStore, remove_example
 from doremi_mix.fingerprints import evaluate_settings, rows_stage, tokenizer_contents
 from doremi_mix.models import TokenLossModel, load_trained
 from doremi_mix.objectives import MicroBatch
-from doremi_mix.run import fingerprint, read_json, write_json
+from doremi_mix.run import fingerprint, read_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_examples_at
 from doremi_mix.stages.tokenize import make_template

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_json
 from doremi_mix.errors import DataError
 from doremi_mix.executors import make_executor
 from doremi_mix.filter_steps import FilterWork, Ids, apply_steps
@@ -24,7 +25,6 @@ from doremi_mix.filtering import analysis_requests, filter_plan
 from doremi_mix.filters.analysis import PROBABILITIES, describe_domain
 from doremi_mix.filters.funnel import KEPT, Funnel
 from doremi_mix.row_statistics import describe_rows
-from doremi_mix.run import write_json
 from doremi_mix.score_store import ScoreStore
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import REJECTIONS, loaded_path, read_summary

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import AutoConfig
 
 from doremi_mix.adapters import num_trainable_parameters, set_adapter_dropout
+from doremi_mix.atomic import write_json
 from doremi_mix.batches import EpochSchedule
 from doremi_mix.config import FinetuneConfig
 from doremi_mix.costs import ModelShape, training_memory
@@ -36,7 +37,7 @@ from doremi_mix.fingerprints import rows_stage
 from doremi_mix.models import TokenInfo, TokenLossModel, build_model, num_parameters
 from doremi_mix.objectives import FinetuneObjective, MicroBatch
 from doremi_mix.plan import MICRO_BATCH_TOKENS, UNKNOWN_MODEL_TOKENS, tokens_that_fit
-from doremi_mix.run import read_json, write_json
+from doremi_mix.run import read_json
 from doremi_mix.sources import Source, open_source
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.mixture import read_mixture
@@ -246,8 +247,8 @@ def _describe(
     )
     if section.data is not None:
         say("  note: rows of it may be among the run's held-out ones, whose losses evaluate would then find too good")
-    for name, drawn in _drawn_tokens(context).items():
-        if drawn and not counts.num_tokens_by_domain.get(domain_names(context).index(name)):
+    for domain_id, (name, drawn) in enumerate(_drawn_tokens(context).items()):
+        if drawn and not counts.num_tokens_by_domain.get(domain_id):
             say(
                 f"  WARNING: none of the {drawn:,} tokens of {name} in the mixture is trained on; where it is plain "
                 "text: --set finetune.skip_plain_text=false"

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_json
 from doremi_mix.config import Config
 from doremi_mix.errors import ConfigError, DataError, SourceFormatError, TooManyRejectedError
 from doremi_mix.progress import Narrator
-from doremi_mix.run import read_json, write_json
+from doremi_mix.run import read_json
 from doremi_mix.sources import OpenSource, Source, open_source
 from doremi_mix.sources.catalog import resolve
 from doremi_mix.sources.files import domain_name, sha256_of

@@ -18,12 +18,13 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_json
 from doremi_mix.config import MIXTURE_WORDS, Config
 from doremi_mix.errors import BudgetError, ConfigError
 from doremi_mix.fingerprints import rows_stage
 from doremi_mix.mixture import allocate, draw_examples, mixture_order, uniform_weights
 from doremi_mix.progress import Tracker
-from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_examples_at, read_rows
 from doremi_mix.stages.training import available_tokens, open_store, weight_caps

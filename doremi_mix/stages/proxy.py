@@ -11,13 +11,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from doremi_mix.atomic import write_json
 from doremi_mix.config import Config
 from doremi_mix.dro import GroupDRO
 from doremi_mix.engine import make_accelerator
 from doremi_mix.headroom import Headroom
 from doremi_mix.models import forget_base
 from doremi_mix.objectives import Learner, ProxyObjective
-from doremi_mix.run import read_json, write_json
+from doremi_mix.run import read_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.reference_losses import ReferenceLosses
 from doremi_mix.stages.training import (

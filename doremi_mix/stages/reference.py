@@ -11,12 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from doremi_mix.atomic import write_json
 from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import CHECKPOINT
 from doremi_mix.errors import ConfigError
 from doremi_mix.folds import Folds, choose_folds, fold_names
 from doremi_mix.objectives import PlainObjective
-from doremi_mix.run import read_json, write_json
+from doremi_mix.run import read_json
 from doremi_mix.stages import StageContext, free_memory
 from doremi_mix.stages.training import (
     make_schedule,

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from doremi_mix.atomic import write_atomic, write_json
 from doremi_mix.engine import make_accelerator, prepare_to_score, to_device, with_host_facts
 from doremi_mix.folds import fold_names
 from doremi_mix.objectives import forward
 from doremi_mix.progress import Tracker
-from doremi_mix.run import read_json, write_atomic, write_json
+from doremi_mix.run import read_json
 from doremi_mix.stages import StageContext, free_memory
 from doremi_mix.stages.training import (
     SCORE_TOKENS,

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from doremi_mix.atomic import write_json
 from doremi_mix.bpe import train_byte_level_bpe
 from doremi_mix.config import TokenizeConfig
 from doremi_mix.fingerprints import rows_stage
-from doremi_mix.run import write_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import loaded_path, read_examples, read_summary
 from doremi_mix.store import ArrayWriter, TokenStore, TokenStoreWriter

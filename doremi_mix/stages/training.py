@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from doremi_mix.adapters import num_trainable_parameters
+from doremi_mix.atomic import write_json
 from doremi_mix.batches import Schedule
 from doremi_mix.checkpoints import whole_state
 from doremi_mix.config import Config, ReferenceConfig, TrainingConfig
@@ -30,7 +31,7 @@ from doremi_mix.mixture import natural_weights, uniform_weights
 from doremi_mix.models import TokenInfo, TokenLossModel, load_trained, num_parameters, save_model, undo_compile
 from doremi_mix.objectives import MicroBatch, Objective, counted, forward
 from doremi_mix.plan import accumulation, base_dtype, new_model
-from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.shrinkage import max_weights
 from doremi_mix.stages import StageContext
 from doremi_mix.store import Split, TokenStore

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 import doremi_mix
+from doremi_mix.atomic import write_json
 from doremi_mix.config import Config
 from doremi_mix.diagnostics import Diagnosis, diagnose
 from doremi_mix.errors import DataError
@@ -26,7 +27,7 @@ from doremi_mix.fingerprints import rows_stage
 from doremi_mix.mixture import natural_weights, temperature_weights, uniform_weights
 from doremi_mix.replicas import Replica, rounds
 from doremi_mix.report.plots import plot_trajectory, plot_weights
-from doremi_mix.run import RunDirectory, read_json, write_json
+from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.shrinkage import cap_weights, shrink_by_evidence, shrink_weights
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_summary
