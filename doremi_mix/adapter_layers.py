@@ -11,6 +11,7 @@ Axes: B sequences, T tokens, D inputs, R rank.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -72,10 +73,9 @@ def share_input(parent: nn.Module, layers: Sequence[Any], name: str, dropout: fl
     for layer in layers:
         layer.lora_A[name] = shared
         layer.lora_dropout[name] = nn.Identity()
-    if _before not in parent._forward_pre_hooks.values():
-        # Plain functions, the same for all parents: torch.compile compiles the first block, and the others reuse it.
-        parent.register_forward_pre_hook(_before)
-        parent.register_forward_hook(_after, always_call=True)
+    if not hasattr(parent, "shares_input"):
+        kind: Any = type(parent)
+        parent.__class__ = _sharing(kind)
 
 
 def is_shared(layer: Any, name: str) -> bool:
@@ -202,14 +202,25 @@ def _num_inputs(layer: Any) -> int:
     return int(layer.in_features if isinstance(layer, nn.Linear) else layer.nx)  # nx is that of GPT-2's layers
 
 
-def _before(parent: nn.Module, _inputs: Any) -> None:
-    for shared in _shared_in(parent):
-        shared.open(is_open=True)
+@functools.cache
+def _sharing(kind: Any) -> Any:
+    """Returns a module's class, but with what its layers share open during its pass.
 
+    It is one class for all parents: hooks have numbers, for which torch.compile would compile every block anew.
+    """
 
-def _after(parent: nn.Module, _inputs: Any, _outputs: Any) -> None:
-    for shared in _shared_in(parent):
-        shared.open(is_open=False)
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        shared = _shared_in(self)
+        for one in shared:
+            one.open(is_open=True)
+        try:
+            return kind.forward(self, *args, **kwargs)
+        finally:
+            for one in shared:
+                one.open(is_open=False)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "shares_input": True, "__module__": kind.__module__})
 
 
 def _shared_in(parent: nn.Module) -> list[SharedProjection]:

@@ -6,7 +6,9 @@ file is written by a thread while training goes on: the state is copied to the h
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +26,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 CHECKPOINT = "checkpoint.pt"
+WRITING_SHARE = 0.1
+"""Share of the time in which a GPU's checkpoints may be written: a step can take less time than its checkpoint."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -61,6 +65,15 @@ class CheckpointWriter:
         self._folder = folder
         self._pool = pool
         self._writing: Future[None] | None = None
+        self._started = self._ended = -math.inf
+
+    def has_time(self) -> bool:
+        """Says whether the last one is written, and so long ago that writing takes a small share of the time."""
+        if self._writing is not None and not self._writing.done():
+            return False
+        if self._ended == -math.inf:
+            return True
+        return time.monotonic() - self._started >= (self._ended - self._started) / WRITING_SHARE
 
     def save(self, state: dict[str, Any]) -> None:
         """Copies the state to the host and starts to write it; waits for an earlier one that is not done.
@@ -69,6 +82,7 @@ class CheckpointWriter:
             OSError: the earlier one could not be written.
         """
         self.wait()
+        self._started = time.monotonic()
         copied = _to_host(state)
         # The copies run behind this step and before the next one; the thread waits for them, training does not.
         event = torch.cuda.Event() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
@@ -79,6 +93,7 @@ class CheckpointWriter:
             if event is not None:
                 event.synchronize()
             save_checkpoint(self._folder, copied)
+            self._ended = time.monotonic()
 
         self._writing = self._pool.submit(write)
 

@@ -58,7 +58,8 @@ class TrainingPlan:
         weight_decay: on matrices.
         max_grad_norm: clip.
         gradient_accumulation_steps: micro-batches per process and step.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints; on a GPU one is left out where writing them would take too much of
+            the time.
         engine: how a step is run.
         final_share: of the peak learning rate, at the end of the cosine.
         betas: of AdamW.
@@ -181,7 +182,11 @@ def train(
             log.add(logged, norm)
             step += 1
             stop = interrupted.is_set()
-            checkpoint = stop or step % plan.checkpoint_every == 0 or step == plan.steps
+            # Of a model that is split, every process has a part, and all must decide alike.
+            is_due = step % plan.checkpoint_every == 0 and (
+                accelerator.device.type == "cpu" or sharded or writer.has_time()
+            )
+            checkpoint = stop or is_due or step == plan.steps
             note = ""
             if checkpoint or log.num_pending >= FLUSH_EVERY or accelerator.device.type == "cpu":
                 note = f"loss {_flush(log, to_disk=checkpoint):.3f}"

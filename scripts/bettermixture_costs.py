@@ -4,8 +4,9 @@
     python scripts/bettermixture_costs.py --only STEP...     the sum of some rows, in one line
 
 Rows of language models are computed by doremi_mix.costs from shapes and the settings of the config (by default
-configs/baichuan2_lora.yaml, with every choice made as on a GPU); none of them was measured on a GPU.  Rows of data
-stages and of the conversion are rates that were measured on two CPU cores, times the amount.
+configs/baichuan2_lora.yaml, with every choice made as on a GPU), with the shares of a GPU's rate that training was
+measured to reach; scoring was not measured.  Rows of data stages and of the conversion are rates that were measured on
+two CPU cores, times the amount.
 """
 
 from __future__ import annotations
@@ -296,9 +297,9 @@ def listed(parts: dict[str, float]) -> str:
 
 ASSUMPTIONS = (
     f"An H100 multiplies {H100.flops / 1e12:.0f} TFLOP/s in bf16 and copies {H100.copy_bytes_per_second / 1e12:.1f} "
-    f"TB/s. Assumed shares of that: fine-tune {TRAINING_UTILIZATION}, with the operations that checkpointing repeats "
-    f"counted; scoring {SCORING_UTILIZATION}; small models {SMALL_MODEL_UTILIZATION}, what the official DoReMi code "
-    "reached on A100s.",
+    f"TB/s. Shares of that: fine-tune {TRAINING_UTILIZATION}, with the operations that checkpointing repeats counted "
+    f"(measured, without torch.compile); small models {SMALL_MODEL_UTILIZATION} (measured, with it); scoring "
+    f"{SCORING_UTILIZATION} (assumed).",
     f"Assumed: {LABEL_SHARE:.0%} of the tokens are learned (the head computes nothing for the others). Sequences are "
     "taken as full, for memory and attention; micro-batches hold sequences of like length, so padding is left out.",
     f"Computed memory is for fused attention and holds {RESERVE_BYTES / 1e9:.0f} GB for the CUDA context and "

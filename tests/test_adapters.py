@@ -500,6 +500,24 @@ def test_a_fused_mask_takes_the_memory_of_one():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler looks at it
+def test_blocks_that_share_inputs_are_compiled_once():
+    """One block is compiled for inputs without and one for inputs with a gradient, however many there are."""
+    from torch._dynamo.testing import CompileCounter
+
+    base = small_model(num_hidden_layers=6).requires_grad_(False)
+    add_adapter(base, "proxy", SHARED, 0)
+    set_adapter_dropout(base, on=True)
+    model = TokenLossModel(base, "base", "proxy")
+    enable_gradient_checkpointing(model)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compile_blocks(model, backend=counter)
+    step(model)
+    torch._dynamo.reset()
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own compiler looks at it
 @pytest.mark.parametrize(("checkpointing", "backend"), [(False, "eager"), (True, "aot_eager")])
 def test_shared_layers_compile(checkpointing, backend):
     from torch._dynamo.testing import CompileCounterWithBackend

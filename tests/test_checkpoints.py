@@ -83,6 +83,25 @@ def test_training_changes_nothing_in_a_checkpoint_that_is_being_written(tmp_path
     assert torch.equal(load_checkpoint(tmp_path)["nested"]["list"][0], torch.ones(3))
 
 
+def test_writing_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
+    clock, began, may_end = iter([100.0, 102.0, 119.9, 120.1]), threading.Event(), threading.Event()
+
+    def save(_folder, _state):
+        began.set()
+        may_end.wait(10)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: next(clock))
+    with open_writer(tmp_path) as writer:
+        assert writer.has_time()
+        writer.save({})
+        assert began.wait(10)
+        assert not writer.has_time()  # it is being written
+        may_end.set()
+        writer.wait()
+        assert [writer.has_time() for _ in range(2)] == [False, True]  # 2 s of 20
+
+
 def test_a_full_disk_is_told_as_such(tmp_path):
     """torch.save itself speaks of its archive's format."""
     save_checkpoint(tmp_path, {"step": 1})

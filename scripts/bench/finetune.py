@@ -116,12 +116,18 @@ class OurStep:
     """A step of stage finetune: objective, clipping and optimizer over batches that are on the device already."""
 
     def __init__(
-        self, shape: ModelShape, batches: list[MicroBatch], length: int, *, gradient_checkpointing: bool
+        self,
+        shape: ModelShape,
+        batches: list[MicroBatch],
+        length: int,
+        *,
+        gradient_checkpointing: bool,
+        compiled: bool | None = None,
     ) -> None:
         self.accelerator = make_accelerator()
         dtype = torch.bfloat16 if has_bf16() else torch.float32
         self.model = build(shape, length, dtype, self.accelerator.device)
-        engine = EngineSettings(gradient_checkpointing=gradient_checkpointing, compile=False)
+        engine = EngineSettings(gradient_checkpointing=gradient_checkpointing, compile=compiled)
         self.prepared = prepare(self.model, engine, self.accelerator, batches[0], 10_000, print_line)
         self.batches = [to_device(with_host_facts(batch, self.model), self.accelerator.device) for batch in batches]
         self.objective = FinetuneObjective([f"domain_{i}" for i in range(NUM_DOMAINS)], seed=42)
@@ -184,11 +190,14 @@ class PlainStep:
 # --- 7b and tiny7b ---
 
 
-def measure(name: str, micro_batch: int, length: int, sequences: int, repeats: int) -> dict[str, Any]:
+def measure(
+    name: str, micro_batch: int, length: int, sequences: int, repeats: int, compiled: bool | None
+) -> dict[str, Any]:
     """Measures steps of one micro-batch size and checks that they are steps of the right model."""
     shape = SHAPES[name]
     num_batches = max(1, sequences // micro_batch)
-    ours = OurStep(shape, make_batches(shape, num_batches, micro_batch, length), length, gradient_checkpointing=True)
+    batches = make_batches(shape, num_batches, micro_batch, length)
+    ours = OurStep(shape, batches, length, gradient_checkpointing=True, compiled=compiled)
     device = ours.accelerator.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -459,6 +468,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="in a step of 7b")
     parser.add_argument("--repeats", type=int, default=3, help="steps of 7b that are timed")
     parser.add_argument("--pairs", type=int, default=5, help="of tiny")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="torch.compile, of 7b")
     options = parser.parse_args()
     if options.shape == "7b" and not torch.cuda.is_available():
         raise SystemExit("--shape 7b needs a GPU; --shape trace shows its memory without, --shape tiny runs on a CPU")
@@ -482,7 +492,8 @@ def main() -> None:
             show_traced(micro_batch, length, trace(micro_batch, length))
             continue
         try:
-            result = measure(options.shape, micro_batch, length, options.sequences, options.repeats)
+            compiled = {"auto": None, "on": True, "off": False}[options.compile]
+            result = measure(options.shape, micro_batch, length, options.sequences, options.repeats, compiled)
         except torch.OutOfMemoryError:
             print(f"| {options.shape}, micro-batch {micro_batch}: does not fit {'| ' * (len(HEADER) - 1)}|", flush=True)
         else:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -317,17 +318,40 @@ def matmul_rate() -> float:
     return best
 
 
-def profile(bench: Stepper) -> list[dict[str, Any]]:
-    """Returns the kernels that took the most of the GPU's time in five steps."""
+# The loss is its passes over blocks of logits; their products are among the matrix products.
+KINDS = {
+    "loss": r"arange|amax|log_softmax",
+    "attention": r"flash|fmha|attention",
+    "matrix products": r"gemm|nvjet|cutlass|splitK|cublas",
+    "optimizer and clipping": r"multi_tensor|foreach|adam|lpnorm",
+    "copies": r"memcpy|memset",
+}
+
+
+def profile(bench: Stepper) -> dict[str, Any]:
+    """Returns what the GPU's time goes to in five steps, by kind and by kernel, and how long it has nothing to do."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         bench.run(5)
-    kernels = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
+    kernels = [
+        event
+        for event in recorded.key_averages()
+        if event.device_type == DeviceType.CUDA and event.key != "Command Buffer Full"
+    ]
     total = sum(event.self_device_time_total for event in kernels)
+    kinds = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for event in kernels:
+        found = (kind for kind, names in KINDS.items() if re.search(names, event.key, re.IGNORECASE))
+        kinds[next(found, "everything else")] += event.self_device_time_total / total
     kernels.sort(key=lambda event: -event.self_device_time_total)
-    return [{"kernel": event.key[:90], "share": event.self_device_time_total / total} for event in kernels[:20]]
+    return {
+        "milliseconds_a_step": total / 5e3,
+        "kinds": {kind: round(share, 3) for kind, share in kinds.items()},
+        "kernels": {event.key[:90]: round(event.self_device_time_total / total, 3) for event in kernels[:20]},
+    }
 
 
 BENCHES = {
@@ -350,17 +374,19 @@ MEANING = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=BENCHES, default=[name for name in BENCHES if name != "gpu"])
+    available = [name for name in BENCHES if name != "gpu" or torch.cuda.is_available()]
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=available)
     parser.add_argument("--preset", default="120m" if torch.cuda.is_available() else "tiny", choices=PRESETS)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=12, help="steps of each member of a pair")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    names = [*options.only, *(["gpu"] if torch.cuda.is_available() and "gpu" not in options.only else [])]
+    if "gpu" in options.only and not torch.cuda.is_available():
+        sys.exit("--only gpu needs a GPU")
     settings = {**loss.describe_machine(), "preset": options.preset}
     print(", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     results = {}
-    for name in names:
+    for name in options.only:
         results[name] = BENCHES[name](options.preset, options.pairs, options.steps)
         print_result(name, results[name])
     if options.json:
