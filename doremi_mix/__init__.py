@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from doremi_mix.domain_weights import DomainWeights
     from doremi_mix.pipeline import learn
-    from doremi_mix.types import DomainWeights
 
 __version__ = "0.1.0"
 __all__ = ["DomainWeights", "__version__", "learn"]
@@ -20,7 +20,7 @@ __all__ = ["DomainWeights", "__version__", "learn"]
 
 def __getattr__(name: str) -> object:
     if name == "DomainWeights":
-        from doremi_mix.types import DomainWeights
+        from doremi_mix.domain_weights import DomainWeights
 
         return DomainWeights
     if name == "learn":

@@ -51,6 +51,16 @@ def check_proxy_batch(config: Config, num_domains: int) -> None:
         )
 
 
+def check_export(config: Config) -> None:
+    """Raises ConfigError when a format is unknown, or the paths are neither a template nor a file."""
+    from doremi_mix.export_files import format_named, read_paths
+
+    for name in config.export.formats:
+        format_named(name)
+    if config.export.paths is not None:
+        read_paths(config.export.paths)
+
+
 def check_compare(given_steps: int | None) -> None:
     """Raises ConfigError when the comparison's steps are given: they follow from its budget and batch."""
     if given_steps is not None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from doremi_mix import __version__
+from doremi_mix.cli_export import dataset, export
 from doremi_mix.cli_models import adapter, baichuan_app
+from doremi_mix.cli_stages import ConfigOption, RunDir, Sets, opened_stage
 from doremi_mix.errors import ConfigError, RunDirectoryError, SchemaError
 from doremi_mix.presets import describe_presets
 from doremi_mix.stages import STAGES, Stage, command_of, stage_named
@@ -34,9 +35,6 @@ app = typer.Typer(
 )
 
 Paths = Annotated[list[Path], typer.Argument(metavar="FILES_OR_DIRS...", help="files (each one a domain) and folders")]
-RunDir = Annotated[Path, typer.Option("--run-dir", help="the folder that keeps everything of the run")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="a YAML file; see doremi-mix init")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a setting, e.g. proxy.steps=200")]
 Budget = Annotated[int | None, typer.Option("--token-budget", help="draw a mixture of so many tokens")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="proxies to train; the weights are their mean")]
 Compare = Annotated[bool, typer.Option("--compare", help="also compare the learned mixture with plain ones")]
@@ -188,7 +186,11 @@ def compare(
     run_dir: RunDir,
     also: Annotated[
         list[str] | None,
-        typer.Option("--also", metavar="NAME=WEIGHTS_JSON", help="enter another mixture: a domain_weights.json"),
+        typer.Option(
+            "--also",
+            metavar="NAME=WEIGHTS_JSON",
+            help="enter another mixture: a file of weights, ours or another program's",
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="models to train for each mixture")] = None,
     config: ConfigOption = None,
@@ -206,7 +208,7 @@ def compare(
         over: dict[str, Any] = {"also": entered} if entered else {}
         if seeds is not None:
             over["num_seeds"] = seeds
-        with _opened_stage(stage_named("compare"), run_dir, config, set_, over={"compare": over}) as opened:
+        with opened_stage(stage_named("compare"), run_dir, config, set_, over={"compare": over}) as opened:
             if opened.processes.is_main:
                 _print_comparison(opened.run, as_json=as_json)
 
@@ -214,14 +216,14 @@ def compare(
 @app.command("filter")
 def filter_(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
     """Keeps the rows that pass: duplicates, rules, language models, diversity (filter.preset, filter.rules)."""
-    with errors_in_one_line(), _opened_stage(stage_named("filter"), run_dir, config, set_) as opened:
+    with errors_in_one_line(), opened_stage(stage_named("filter"), run_dir, config, set_) as opened:
         _print_rows(opened, "filter", as_json=as_json)
 
 
 @app.command()
 def analyze(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
     """Says what the loaded rows are like: lengths, languages, duplicates, quantiles of every score."""
-    with errors_in_one_line(), _opened_stage(stage_named("analyze"), run_dir, config, set_) as opened:
+    with errors_in_one_line(), opened_stage(stage_named("analyze"), run_dir, config, set_) as opened:
         _print_rows(opened, "analyze", as_json=as_json)
 
 
@@ -285,11 +287,13 @@ def worker(
 @app.command()
 def evaluate(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None, as_json: AsJson = False) -> None:
     """Scores the main model before and after the fine-tune: held-out loss of each domain, benchmarks."""
-    with errors_in_one_line(), _opened_stage(stage_named("evaluate"), run_dir, config, set_) as opened:
+    with errors_in_one_line(), opened_stage(stage_named("evaluate"), run_dir, config, set_) as opened:
         if opened.processes.is_main:
             _print_scores(opened.run, as_json=as_json)
 
 
+app.command()(export)
+app.command()(dataset)
 app.command()(adapter)
 app.add_typer(baichuan_app)
 
@@ -318,47 +322,15 @@ def _print_rows(opened: OpenRun, stage: str, *, as_json: bool) -> None:
 
 def _stage_command(stage: Stage) -> Callable[..., None]:
     def command(run_dir: RunDir, config: ConfigOption = None, set_: Sets = None) -> None:
-        with errors_in_one_line(), _opened_stage(stage, run_dir, config, set_):
+        with errors_in_one_line(), opened_stage(stage, run_dir, config, set_):
             pass
 
     command.__doc__ = f"Stage {stage.name}: {stage.summary}."
     return command
 
 
-@contextlib.contextmanager
-def _opened_stage(
-    stage: Stage,
-    run_dir: Path,
-    config: Path | None,
-    set_: list[str] | None,
-    over: dict[str, Any] | None = None,
-) -> Iterator[OpenRun]:
-    """Brings one stage up to date with the run's settings, those of a config file, and those of the command line."""
-    from doremi_mix.config_file import load_config_file, merge
-    from doremi_mix.pipeline import open_run, settings_from
-    from doremi_mix.run import RunDirectory
-    from doremi_mix.stages import run_alone
-
-    directory = RunDirectory(run_dir)
-    if config is None:
-        base = directory.describe()["given"]
-    else:
-        base = load_config_file(config)
-        if directory.exists():
-            known = directory.describe()["given"]
-            if "rules" in (base.get("filter") or {}):
-                # The file's rules are all there are; those of before do not stay between them.
-                known = {**known, "filter": {**known.get("filter", {}), "rules": {}}}
-            base = merge(known, base)
-    given = settings_from(merge(base, over or {}), set_ or ())
-    needs_sources = stage.name == "load"
-    with open_run(run_dir, given, where=str(config or "settings"), needs_sources=needs_sources) as opened:
-        run_alone(stage, opened.config, opened.run, opened.narrator, opened.processes)
-        yield opened
-
-
 for _stage in STAGES:
-    if _stage.name not in ("analyze", "filter", "compare", "evaluate"):
+    if _stage.name not in ("analyze", "filter", "compare", "export", "evaluate"):
         app.command(command_of(_stage.name))(_stage_command(_stage))
 
 

@@ -445,13 +445,30 @@ class MixtureConfig(Section):
 
     weights: str = Field(
         default="learned",
-        description="learned, natural, uniform, temperature, best (of what compare found), or a domain_weights.json",
+        description="learned, natural, uniform, temperature, best (of what compare found), or a file of "
+        "weights: ours, or another program's",
     )
     token_budget: PositiveInt | None = Field(
         default=None, description="tokens to draw, after the template; null: no mixture is drawn"
     )
     max_epochs: PositiveFloat = Field(default=4.0, description="no domain is repeated more often than this")
     seed: Seed = Field(default=0, description="of the draw and of the order")
+
+
+class ExportConfig(Section):
+    """Stage export: the weights that the mixture is drawn with, for other programs."""
+
+    formats: tuple[str, ...] = Field(default=(), description="names of doremi-mix export --list; empty: no export")
+    paths: str | None = Field(
+        default=None,
+        description="what the programs read: a template with {name}, or a file of path by domain; null: the loaded "
+        "files, or with export.data those that it writes",
+    )
+    data: bool = Field(
+        default=False,
+        description="also write the rows to train on, one file a domain: kept by the filter, not held out, unchanged",
+    )
+    seed: Seed = Field(default=0, description="for programs that ask for one")
 
 
 class FinetuneConfig(Section):
@@ -629,6 +646,7 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     compare: CompareConfig = CompareConfig()
     mixture: MixtureConfig = MixtureConfig()
+    export: ExportConfig = ExportConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()

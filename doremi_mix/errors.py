@@ -12,6 +12,7 @@
     ├── StageNotFinishedError     run an earlier stage                 (RuntimeError)
     ├── RunDirectoryError         choose another run directory         (OSError)
     ├── BudgetError               change the token budget or epoch cap (ValueError)
+    ├── ExportError               choose another format, names or paths (ValueError)
     ├── DivergedError             lower the learning rate              (ArithmeticError)
     └── ModelError                choose another model                 (ValueError)
 
@@ -58,6 +59,10 @@ class RunDirectoryError(DoremiMixError, OSError):
 
 class BudgetError(DoremiMixError, ValueError):
     """The token budget cannot be met under the epoch cap."""
+
+
+class ExportError(DoremiMixError, ValueError):
+    """Another program cannot be told of these weights in the form that was asked for."""
 
 
 class DivergedError(DoremiMixError, ArithmeticError):

@@ -143,6 +143,19 @@ def mixture_reads(config: Config) -> tuple[str, ...]:
     return (*rows_reads(config), *wanted)
 
 
+def export_settings(config: Config) -> Any:
+    """Settings of export, and what says which weights, and how much of each domain."""
+    settings = config.export.result_settings()
+    if settings["paths"] is not None and "{name}" not in settings["paths"]:
+        settings["paths"] = contents_of(settings["paths"])
+    return {"export": settings, "mixture": mixture_settings(config)}
+
+
+def export_reads(config: Config) -> tuple[str, ...]:
+    """What the export reads: the weights as the mixture does, and the rows where it writes them."""
+    return tuple(name for name in mixture_reads(config) if config.export.data or name not in rows_reads(config))
+
+
 def finetune_settings(config: Config) -> Any:
     """Settings of finetune, the base model and the template among them."""
     from doremi_mix.stages.tokenize import make_template

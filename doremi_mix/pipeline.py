@@ -16,6 +16,7 @@ from doremi_mix.checks import (
     check_compare,
     check_evaluate,
     check_evidence,
+    check_export,
     check_finetune,
     check_headroom,
     check_main_model,
@@ -28,6 +29,7 @@ from doremi_mix.checks import (
 from doremi_mix.config import MIXTURE_WORDS, Config, parse_config
 from doremi_mix.config_file import anchor_paths, apply_overrides, dump_yaml, merge
 from doremi_mix.distributed import Processes, join_processes
+from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import ConfigError, DataError, RunDirectoryError
 from doremi_mix.plan import accumulation, choose, detect_hardware, estimate
 from doremi_mix.progress import Narrator, format_seconds
@@ -36,7 +38,6 @@ from doremi_mix.run import RunDirectory
 from doremi_mix.sources.files import find_files
 from doremi_mix.stages import run_pipeline
 from doremi_mix.stages.load import list_sources, peek_sources
-from doremi_mix.types import DomainWeights
 
 PathLike = str | os.PathLike[str]
 
@@ -176,6 +177,7 @@ def check_settings(config: Config, names: Sequence[str]) -> None:
     check_headroom(config)
     check_evidence(config)
     check_mixture_weights(config)
+    check_export(config)
     check_finetune(config)
     check_evaluate(config)
     for section in ("reference", "proxy", "compare"):

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-WEIGHTS_FORMAT = "doremi-mix/domain-weights"
-WEIGHTS_VERSION = 1
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,95 +152,32 @@ class DomainLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class DomainWeights:
-    """The product: how much of each domain to train on, as shares of tokens.
+class DomainStatistics:
+    """What there is of one domain to train on.
 
     Attributes:
-        domain_weights: the learned share of tokens of each domain; sums to 1.
-        reference_weights: what the reference model was trained with; sums to 1.
-        shares: the same mixture in other units: ``token``, ``sequence``, ``example``, each by domain.
-        method: how the weights were learned.
-        settings: the settings that the result depends on, by stage.
-        tokenizer: ``name`` and ``sha256`` of the tokenizer that counted the tokens.
-        provenance: versions and the sha256 of each input file.
-        intervals: by domain, the 95 % interval of the mean over seeds; empty for a single seed.
-        uncertainty: ``num_seeds``, ``standard_deviation`` over seeds by domain, ``rank_stability`` (mean Kendall tau
-            between seeds), ``rounds`` (the largest change of a weight in each).
-        diagnoses: what the run's diagnostics found, one sentence each.
-        verdict: what ``doremi-mix compare`` found: ``kind``, ``sentence``, ``best``; empty when it was not run.
+        num_examples: examples of one pass: those that were kept and are not held out; at least 1.
+        available_tokens: tokens of those examples, after the prompt template and with the end token; at least 1.
+        num_sequences: packed sequences of those examples; 0 when they were not packed.
+        path: the file that the domain was read from; "" when it is not known.
+        num_rows: rows of that file, rejected and held-out ones included; 0 when they were not counted.
     """
 
-    domain_weights: Mapping[str, float]
-    reference_weights: Mapping[str, float]
-    shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    method: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Mapping[str, str] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    uncertainty: Mapping[str, Any] = field(default_factory=dict)
-    diagnoses: tuple[str, ...] = ()
-    verdict: Mapping[str, Any] = field(default_factory=dict)
+    num_examples: int
+    available_tokens: int
+    num_sequences: int = 0
+    path: str = ""
+    num_rows: int = 0
 
     def __post_init__(self) -> None:
-        check_distribution(self.domain_weights, "domain weights")
-        check_distribution(self.reference_weights, "reference weights")
-        if set(self.domain_weights) != set(self.reference_weights):
-            raise ValueError("domain weights and reference weights name different domains")
+        for what, least in (("num_examples", 1), ("available_tokens", 1), ("num_sequences", 0), ("num_rows", 0)):
+            count = getattr(self, what)
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise ValueError(f"{what} must be a whole number of at least {least}, got {count!r}")
+        if not isinstance(self.path, str):
+            raise ValueError(f"path must be a string, got {self.path!r}")
 
-    def __getitem__(self, name: str) -> float:
-        return self.domain_weights[name]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the stable JSON form that ``weights/domain_weights.json`` holds."""
-        return {
-            "format": WEIGHTS_FORMAT,
-            "version": WEIGHTS_VERSION,
-            "unit": "tokens",
-            "domain_weights": dict(self.domain_weights),
-            "reference_weights": dict(self.reference_weights),
-            "shares": {unit: dict(shares) for unit, shares in self.shares.items()},
-            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
-            "method": self.method,
-            "settings": dict(self.settings),
-            "tokenizer": dict(self.tokenizer),
-            "provenance": dict(self.provenance),
-            "uncertainty": dict(self.uncertainty),
-            "diagnoses": list(self.diagnoses),
-            "verdict": dict(self.verdict),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> DomainWeights:
-        """Reads what ``to_dict`` wrote.
-
-        Raises:
-            ValueError: the data are of another format or version, a key is missing, or the weights do not sum to 1.
-        """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"domain weights must be an object, got a {type(data).__name__}")
-        if data.get("format") != WEIGHTS_FORMAT:
-            raise ValueError(f'"format" must be "{WEIGHTS_FORMAT}", got {data.get("format")!r}')
-        if data.get("version") != WEIGHTS_VERSION:
-            raise ValueError(f'"version" must be {WEIGHTS_VERSION}, got {data.get("version")!r}')
-        required = ("domain_weights", "reference_weights")
-        optional = ("shares", "settings", "tokenizer", "provenance", "intervals", "uncertainty", "verdict")
-        for key in (*required, *optional):
-            if not isinstance(data.get(key, {} if key in optional else None), Mapping):
-                raise ValueError(f'"{key}" must be an object, got {data.get(key)!r}')
-        for unit, shares in data.get("shares", {}).items():
-            if not isinstance(shares, Mapping):
-                raise ValueError(f'"shares.{unit}" must be an object of numbers, got {shares!r}')
-        return cls(
-            domain_weights=dict(data["domain_weights"]),
-            reference_weights=dict(data["reference_weights"]),
-            shares=dict(data.get("shares", {})),
-            method=str(data.get("method", "")),
-            settings=dict(data.get("settings", {})),
-            tokenizer=dict(data.get("tokenizer", {})),
-            provenance=dict(data.get("provenance", {})),
-            intervals={name: (low, high) for name, (low, high) in data.get("intervals", {}).items()},
-            uncertainty=dict(data.get("uncertainty", {})),
-            diagnoses=tuple(data.get("diagnoses", ())),
-            verdict=dict(data.get("verdict", {})),
-        )
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens of an example."""
+        return self.available_tokens / self.num_examples

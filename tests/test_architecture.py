@@ -35,7 +35,9 @@ SHELL = (
     "hosts",
     "executors",
     "cluster",
+    "cli_export",
     "cli_models",
+    "cli_stages",
     "finetune_plan",
     "fingerprints",
 )

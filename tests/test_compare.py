@@ -14,11 +14,11 @@ from conftest import read_log
 from test_cli import assert_one_line, invoke
 from test_resume import KILL_AT
 
+from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.pipeline import resolve
 from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages import compare, training
 from doremi_mix.stages.training import open_store
-from doremi_mix.types import DomainWeights
 
 NAMES = ("fruit", "metal", "水")
 PLAIN = ("natural", "uniform", "temperature")

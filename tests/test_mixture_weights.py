@@ -186,13 +186,18 @@ def test_a_file_of_weights(run_dir, tmp_path, monkeypatch, form):
     (tmp_path / "w.json").write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     lines, allocation = draw(run_dir, "mixture.weights=w.json")
-    assert (len(lines), weights_of(allocation)) == (1, weights)
+    assert weights_of(allocation) == weights
+    # How a file of another program was read is said.
+    assert [": read as {domain: weight} in JSON: " in line for line in lines] == [form == "plain"] * (
+        len(lines) - 1
+    ) + [False]
     assert allocation["weights"] == str(tmp_path / "w.json")
     monkeypatch.chdir("/")
     assert invoke("mixture", "--run-dir", run_dir).stderr.splitlines() == ["mixture: up to date"]
     content = {"fruit": 1, "metal": 1, "水": 2}
     (tmp_path / "w.json").write_text(json.dumps(content), encoding="utf-8")
-    assert len(draw(run_dir)[0]) == 1
+    lines, _ = draw(run_dir)
+    assert lines[1].startswith(f"  {tmp_path}/w.json: the weights sum to 4")
     assert invoke("mixture", "--run-dir", run_dir).stderr.splitlines() == ["mixture: up to date"]
 
 

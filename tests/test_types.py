@@ -6,7 +6,8 @@ import re
 import pytest
 
 from doremi_mix import errors
-from doremi_mix.types import Allocation, Domains, DomainWeights
+from doremi_mix.domain_weights import DomainWeights
+from doremi_mix.types import Allocation, Domains
 
 GOOD = DomainWeights({"a": 0.25, "b": 0.75}, {"a": 0.5, "b": 0.5}, intervals={"a": (0.2, 0.3)}).to_dict()
 

@@ -9,7 +9,7 @@ its ``metrics.jsonl`` and ``scores.npy`` (loss and tokens of each held-out seque
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def run(context: StageContext) -> str:
     """Trains and compares; returns the verdict."""
     config, section = context.config, context.config.compare
     store = open_store(context.run)
-    mixtures = entrants(config, context.run, store)
+    mixtures = entrants(config, context.run, store, context.narrator.say)
     assert section.token_budget is not None
     budget = section.token_budget
     if config.mixture.token_budget is None and config.proxy.token_budget is None:
@@ -104,8 +104,12 @@ def run(context: StageContext) -> str:
     return compared.verdict.sentence
 
 
-def entrants(config: Config, run: RunDirectory, store: TokenStore) -> dict[str, Mapping[str, float]]:
+def entrants(
+    config: Config, run: RunDirectory, store: TokenStore, say: Callable[[str], None] | None = None
+) -> dict[str, Mapping[str, float]]:
     """Returns the mixtures to compare: learned, the plain ones, and those that the user enters.
+
+    How the files of other programs were read goes to ``say``.
 
     Raises:
         DataError: a file holds no domain weights for these domains.
@@ -115,7 +119,7 @@ def entrants(config: Config, run: RunDirectory, store: TokenStore) -> dict[str, 
     for name in BASELINES:
         mixtures[name] = plain_weights(name, available, config.compare.temperature)
     for name, path in config.compare.also.items():
-        mixtures[name] = weights_from(Path(path), store.domains.names)
+        mixtures[name] = weights_from(Path(path), store.domains.names, say)
     return mixtures
 
 
@@ -256,3 +260,5 @@ def restore_verdict(run: RunDirectory) -> None:
     }
     if data.get("verdict") != verdict:
         write_json(path, {**data, "verdict": verdict})
+        # Exports carry it, too: they are written anew.
+        run.forget("export")

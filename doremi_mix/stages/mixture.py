@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from doremi_mix.atomic import write_json
 from doremi_mix.config import MIXTURE_WORDS, Config
+from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import BudgetError, ConfigError
 from doremi_mix.fingerprints import rows_stage
 from doremi_mix.mixture import allocate, draw_examples, mixture_order, uniform_weights
@@ -30,7 +31,7 @@ from doremi_mix.stages.load import read_examples_at, read_rows
 from doremi_mix.stages.training import available_tokens, open_store, weight_caps
 from doremi_mix.stages.weights import plain_weights, read_weights, weights_from
 from doremi_mix.store import TokenStore
-from doremi_mix.types import Allocation, DomainWeights, Example
+from doremi_mix.types import Allocation, Example
 
 BUCKET_ROWS = 8_192
 """Rows that are shuffled in memory at a time; a larger mixture goes through temporary files."""
@@ -57,7 +58,7 @@ def run(context: StageContext) -> str:
     if config.token_budget is None:
         raise ConfigError("mixture.token_budget is missing; give it, for example: --set mixture.token_budget=1000000")
     store = open_store(context.run)
-    weights = _chosen_weights(context, store)
+    weights = chosen_weights(context, store)
     allocation = allocate(weights, available_tokens(store), config.token_budget, config.max_epochs)
     draws = draw_domains(store, allocation, config.seed)
     positions = mixture_order([len(rows) for rows, _ in draws.values()], config.seed)
@@ -88,7 +89,7 @@ def run(context: StageContext) -> str:
     return f"{len(positions):,} rows, {total:,} of {config.token_budget:,} tokens, in {place}"
 
 
-def _chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, float]:
+def chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, float]:
     """Returns the weights that ``mixture.weights`` asks for, and says what the comparison found about them."""
     wanted = context.config.mixture.weights
     if wanted == "best":
@@ -103,7 +104,7 @@ def _chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, fl
     if wanted in MIXTURE_WORDS:
         return plain_weights(wanted, available_tokens(store), context.config.compare.temperature)
     entered = context.config.compare.also.get(wanted)
-    return weights_from(Path(entered or wanted), store.domains.names)
+    return weights_from(Path(entered or wanted), store.domains.names, context.narrator.say)
 
 
 def _say_losses(context: StageContext, wanted: str) -> None:

@@ -6,13 +6,11 @@ Writes ``domain_weights.json`` (the product: see ``types.DomainWeights``), ``dia
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ import doremi_mix
 from doremi_mix.atomic import write_json
 from doremi_mix.config import Config
 from doremi_mix.diagnostics import Diagnosis, diagnose
-from doremi_mix.errors import DataError
+from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.fingerprints import rows_stage
 from doremi_mix.mixture import natural_weights, temperature_weights, uniform_weights
 from doremi_mix.replicas import Replica, rounds
@@ -33,8 +31,10 @@ from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_summary
 from doremi_mix.stages.training import available_tokens, open_store, read_columns, weight_caps
 from doremi_mix.store import TokenStore
-from doremi_mix.types import DomainLoss, DomainWeights
+from doremi_mix.types import DomainLoss, DomainStatistics
 from doremi_mix.uncertainty import summarize_seeds
+from doremi_mix.weight_files import match_domains
+from doremi_mix.weight_files import read_weights as read_weight_file
 
 WEIGHTS_FILE = "domain_weights.json"
 DIAGNOSTICS_FILE = "diagnostics.json"
@@ -69,6 +69,7 @@ def run(context: StageContext) -> str:
         },
         provenance=_provenance(context.config, context.run),
         intervals=dict(seeds.intervals),
+        corpus=corpus_of(context.run, store),
         uncertainty={
             "num_seeds": seeds.num_seeds,
             "standard_deviation": dict(seeds.standard_deviation),
@@ -189,53 +190,26 @@ def plain_weights(name: str, available: Mapping[str, int], temperature: float) -
     return uniform_weights(available) if name == "uniform" else temperature_weights(available, temperature)
 
 
-def weights_from(path: Path, names: Sequence[str]) -> Mapping[str, float]:
-    """Reads domain weights from a file: ours, or a plain object of domain and weight, in any unit.
+def weights_from(path: Path, names: Sequence[str], say: Callable[[str], None] | None = None) -> Mapping[str, float]:
+    """Reads domain weights from a file: ours, or one of another program (see ``weight_files``), in any unit.
 
     Args:
         path: the file.
         names: the domains of the run.
+        say: is told how a file of another program was read, line by line.
 
     Returns:
         Weights in the order of the domains; they sum to 1.
 
     Raises:
-        DataError: the file is missing, is not JSON, or has not the weights of these domains.
+        DataError: the file is missing, holds no domain weights, or has not the weights of these domains.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a domain_weights.json") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise DataError(f"{path}: is not JSON ({error}); give a domain_weights.json, or {{domain: weight}}") from None
-    try:
-        if isinstance(data, dict) and "format" not in data:
-            weights = _as_shares(data)
-        else:
-            weights = dict(DomainWeights.from_dict(data).domain_weights)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; give a domain_weights.json, or {{domain: weight}}") from None
-    for name in sorted(set(weights) ^ set(names)):
-        problem = "has no weight" if name in names else "is no domain of this run"
-        raise DataError(f"{path}: {name!r} {problem}; give one weight to each of {list(names)}")
-    return {name: weights[name] for name in names}
-
-
-def _as_shares(weights: Mapping[str, Any]) -> dict[str, float]:
-    """Returns plain weights, in any unit, as shares that sum to 1.
-
-    Raises:
-        ValueError: one is no number, is not finite or is negative, or all are 0.
-    """
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"the weight of {name!r} must be a number, got {weight!r}")
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"the weight of {name!r} must be finite and at least 0, got {weight}")
-    total = math.fsum(weights.values())
-    if total == 0:
-        raise ValueError("no weight is above 0")
-    return {name: weight / total for name, weight in weights.items()}
+    read = read_weight_file(path)
+    weights = match_domains(read.weights, names, path)
+    if say is not None:
+        for notice in read.notices:
+            say(f"  {path}: {notice}")
+    return weights
 
 
 def _shares(learned: Mapping[str, float], store: TokenStore) -> dict[str, dict[str, float]]:
@@ -254,6 +228,21 @@ def _shares(learned: Mapping[str, float], store: TokenStore) -> dict[str, dict[s
         "token": dict(learned),
         "sequence": in_units_of({s["name"]: s["train"]["tokens"] / s["train"]["sequences"] for s in store.summaries}),
         "example": in_units_of({s["name"]: s["available_tokens"] / s["train"]["documents"] for s in store.summaries}),
+    }
+
+
+def corpus_of(run: RunDirectory, store: TokenStore) -> dict[str, DomainStatistics]:
+    """Returns what there is of each domain; its file is the one that was loaded, whatever was filtered since."""
+    sources = {domain["domain"]: domain for domain in read_summary(run.stage_path("load"))}
+    return {
+        summary["name"]: DomainStatistics(
+            num_examples=summary["train"]["documents"],
+            available_tokens=summary["available_tokens"],
+            num_sequences=summary["train"]["sequences"],
+            path=sources[summary["name"]]["path"],
+            num_rows=sources[summary["name"]]["num_rows"],
+        )
+        for summary in store.summaries
     }
 
 

@@ -1,0 +1,106 @@
+"""How the datasets library (5.2) takes data_files, probabilities and selections.
+
+Sources: data_files.py (patterns, hops), utils/file_utils.py (environment variables), arrow_dataset.py (interleaving).
+"""
+
+import ast
+import json
+import os
+import re
+from pathlib import PurePosixPath
+
+BUILDERS = {
+    "json": (".json", ".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+    "csv": (".csv",),
+    "arrow": (".arrow",),
+}
+ONE_CHARACTER = re.compile(r"\[([^\]!]|\])\]")
+
+
+def load(sizes, path, data_files, split="train"):
+    """What ``load_dataset(path, data_files=..., split="train")`` reads: the file, and its rows."""
+    if isinstance(data_files, str):
+        data_files = [data_files]
+    [pattern] = data_files
+    if "::" in pattern or "://" in pattern:
+        raise ValueError(f"{pattern} is an address")
+    # fsspec's glob: what stays magic once brackets of one character are gone would match other files.
+    rest = ONE_CHARACTER.sub("", pattern)
+    if re.search(r"[*?\[]", rest):
+        raise ValueError(f"{pattern} matches several files")
+    file = ONE_CHARACTER.sub(r"\1", pattern)
+    if "$" in file and os.path.expandvars(re.sub(r"\$\{?\w+\}?", "$HOME", file)) != file:
+        raise ValueError(f"{file} depends on the environment")
+    if file not in sizes:
+        raise FileNotFoundError(file)
+    kind = PurePosixPath(file)
+    if kind.suffix.lower() in {".gz", ".zst"}:
+        kind = kind.with_suffix("")
+    if kind.suffix.lower() not in BUILDERS[path]:
+        raise ValueError(f"{file} is not of the kind {path}")
+    if split == "train":
+        return file, sizes[file]
+    number = re.fullmatch(r"train\[:(\d+)\]", split)
+    # A slice beyond the end gives all there is, without a word.
+    return file, min(int(number[1]), sizes[file])
+
+
+def interleave(probabilities):
+    """The checks of ``interleave_datasets``, which are those of numpy's choice."""
+    if any(not 0 <= share <= 1 for share in probabilities):
+        raise ValueError("Probabilities are not non-negative")
+    if abs(sum(probabilities) - 1) > 2**-26:
+        raise ValueError("Probabilities do not sum to 1")
+    if 0 in probabilities:
+        raise ValueError("cannot exhaust a dataset that is never sampled")
+
+
+def read_python(files, sizes):
+    """DOMAINS of the file; build() is run by the checks with the library itself."""
+    tree = ast.parse(files["mixture.py"])
+    [value] = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DOMAINS"
+    ]
+    rows = ast.literal_eval(value)
+    drawn = {}
+    if len(rows[0]) == 4:
+        interleave([share for *_, share in rows])
+        for _, kind, file, share in rows:
+            drawn[load(sizes, kind, [glob_escape(file)])[0]] = share
+        return drawn
+    for name, kind, file, num_expected, num_drawn in rows:
+        path, size = load(sizes, kind, [glob_escape(file)])
+        if size < num_expected:
+            raise ValueError(name)
+        drawn[path] = num_drawn
+    return drawn
+
+
+def glob_escape(path):
+    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
+
+
+def read_json(files, sizes):
+    """As the line of usage combines it."""
+    mixture = json.loads(files["mixture.json"])
+    domains = mixture["domains"]
+    if "interleave_datasets" in mixture:
+        how = mixture["interleave_datasets"]
+        assert how["stopping_strategy"] == "first_exhausted"
+        interleave(how["probabilities"])
+        assert how["probabilities"] == [domain["probability"] for domain in domains]
+        return {
+            load(sizes, **domain["load_dataset"])[0]: share
+            for domain, share in zip(domains, how["probabilities"], strict=True)
+        }
+    drawn = {}
+    for domain in domains:
+        file, size = load(sizes, **domain["load_dataset"])
+        if not 0 < domain["num_examples"] <= domain["num_passes"] * size:
+            raise IndexError("select")
+        drawn[file] = domain["num_examples"]
+    return drawn
+
+
+READERS = {"datasets": read_python, "datasets-json": read_json}
