@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters import FORMATS, export_plan
-from doremi_mix.exporters.axolotl import fraction_for
+from doremi_mix.exporters.counts import fraction_for
 from doremi_mix.exporters.plan import make_plan
 from doremi_mix.types import DomainStatistics
 
@@ -280,7 +280,7 @@ HOP = (
     "address; give other paths: --paths"
 )
 SAME = (
-    "domains 'math' and '中文' have one file, '/data/math.jsonl', of which the program would draw both for either; "
+    "domains 'math' and '中文' have the same path '/data/math.jsonl', so that both would draw the same data; "
     "give other paths: --paths"
 )
 SUFFIX = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters import FORMATS, export_plan
-from doremi_mix.exporters.huggingface import data_files
+from doremi_mix.exporters.paths import data_files
 from doremi_mix.exporters.plan import make_plan
 from doremi_mix.exporters.trl import rows_of_fractions
 from doremi_mix.types import DomainStatistics
@@ -485,8 +485,8 @@ def test_openrlhf_refuses_a_list_that_is_longer_than_an_argument_may_be():
 @pytest.mark.parametrize("name", NAMES)
 def test_one_file_for_two_domains(name):
     assert refusal(name, two("/d/plain.jsonl")) == (
-        f"{name}: domains 'plain' and 'odd' have one file, '/d/plain.jsonl', of which the program would draw both for "
-        "either; give other paths: --paths"
+        f"{name}: domains 'plain' and 'odd' have the same path '/d/plain.jsonl', so that both would draw the same "
+        "data; give other paths: --paths"
     )
 
 

@@ -173,11 +173,11 @@ dataset:
   splits_to_build: train
 domain_mixture:
   domains:
-  - name: "a"
+  - name: a
     sampling_weight: 0.25
     objective_weight: 0.25
     path: "/d/a"
-  - name: "b"
+  - name: b
     sampling_weight: 0.25
     objective_weight: 0.5
     path: "/d/b"
@@ -207,11 +207,11 @@ splits:
   train:
     blend:
     - weight: 0.5
-      path: "energon/a"
+      path: energon/a
     - weight: 0.25
-      path: "energon/b"
+      path: energon/b
     - weight: 0.25
-      path: "energon/c_d"
+      path: energon/c_d
 """
     assert result.files == (ExportedFile("energon.yaml", text),)
     assert result.expected == shares

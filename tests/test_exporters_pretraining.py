@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters import doremi, export_plan, levanter, lingua, nanotron, olmo, torchtitan
+from doremi_mix.exporters.export import yaml_text
 from doremi_mix.exporters.plan import make_plan
-from doremi_mix.exporters.tokenized import quoted_yaml
 from doremi_mix.types import DomainStatistics
 
 MODULES = (levanter, olmo, nanotron, torchtitan, lingua, doremi)
@@ -579,7 +579,7 @@ def test_lingua_needs_the_lengths_of_examples():
     ],
 )
 def test_quoted_yaml_keeps_strings_strings(text):
-    written = quoted_yaml({text: [text]})
+    written = yaml_text({text: [text]})
     assert yaml.safe_load(written) == {text: [text]}
     assert yaml.load(written, lingua_grammar.OmegaLoader) == {text: [text]}
 

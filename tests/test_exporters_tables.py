@@ -14,8 +14,8 @@ from markdown_it import MarkdownIt
 
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import ExportError
+from doremi_mix.export_files import ExportOptions, plan_for
 from doremi_mix.exporters import FORMATS, export_plan
-from doremi_mix.exporters.plan import make_plan
 from doremi_mix.types import DomainStatistics
 from doremi_mix.weight_files import parse_weights
 
@@ -37,7 +37,7 @@ hostile = st.text("=+-@'\",;|\\`*_[]<>&$# \n\r\t\f:{}%!?.a1中", min_size=1, max
 
 
 def export(name, weights, **how):
-    return export_plan(FORMATS[name], make_plan(weights, **how))
+    return export_plan(FORMATS[name], plan_for(FORMATS[name], weights, ExportOptions(**how)))
 
 
 def of(names, **how):
@@ -273,7 +273,7 @@ def test_any_names_and_weights_are_read_back(names, raw, budget, known):
     shares = {name: weight / sum(raw) for name, weight in zip(names, raw, strict=True)}
     corpus = {name: DomainStatistics(100 + i, 10_000 * (i + 1)) for i, name in enumerate(names)} if known else {}
     weights = DomainWeights(shares, shares, corpus=corpus)
-    plan = make_plan(weights, budget=budget)
+    plan = plan_for(FORMATS["csv"], weights, ExportOptions(budget=budget))
     for table in TABLES:
         try:
             made = export_plan(FORMATS[table], plan)

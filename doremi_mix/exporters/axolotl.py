@@ -5,30 +5,14 @@ A weight is at most 1 and no row of an entry is repeated, so that a domain is li
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+from doremi_mix.exporters.counts import fraction_for, not_reached, of_counts, passes
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
-from doremi_mix.exporters.huggingface import builder_of, not_reached, of_counts
-from doremi_mix.exporters.llama_factory import check_paths, passes
+from doremi_mix.exporters.paths import builder_of, check_paths
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _PLAIN = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".arrow")
-
-
-def fraction_for(count: int, size: int) -> float:
-    """Returns a float of which ``int(size * fraction)`` is the count: what programs do that take a part of a file.
-
-    Example:
-        >>> 29 / 100 * 100, int(100 * fraction_for(29, 100))
-        (28.999999999999996, 29)
-    """
-    fraction = count / size
-    while int(size * fraction) < count:
-        fraction = math.nextafter(fraction, math.inf)
-    while int(size * fraction) > count:
-        fraction = math.nextafter(fraction, 0.0)
-    return fraction
 
 
 def _write(plan: ExportPlan) -> Export:

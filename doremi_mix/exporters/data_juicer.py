@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
-from doremi_mix.exporters.tokenized import check_different_paths, path_error, quoted_yaml
 
 _SLACK = 2.0**-40
 """Shares are smaller by this part, so that no rounding of float64 lifts a count; far less than one example."""
@@ -48,7 +48,7 @@ def write_data_juicer(plan: ExportPlan) -> Export:
         "process": [],
     }
     return Export(
-        files=(ExportedFile("data_juicer.yaml", quoted_yaml(config)),),
+        files=(ExportedFile("data_juicer.yaml", yaml_text(config)),),
         expected={name: count / total for name, count in counts.items()},
         usage="dj-process --config data_juicer.yaml --text_keys COLUMN",
         num_drawn=total,

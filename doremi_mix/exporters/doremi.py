@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from doremi_mix.exporters.export import Export, ExportedFile, Format, json_text
+from doremi_mix.exporters.paths import check_folder_names
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import check_folder_names
 
 
 def write_doremi(plan: ExportPlan) -> Export:

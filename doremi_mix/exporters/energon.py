@@ -6,9 +6,6 @@ A weight is the probability of a sample, and a sample is an example (a row of a 
 from __future__ import annotations
 
 import posixpath
-from typing import Any
-
-import yaml
 
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
@@ -16,25 +13,6 @@ from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _PROTOCOLS = ("msc", "dss", "rclone")
 _FLOAT32_STEP = 2.0**-24
-
-
-class Quoted(str):
-    """A string that quoted_yaml writes in double quotes, so that no reader takes it for a number, a word or a date."""
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-_Dumper.add_representer(
-    Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style='"')
-)
-
-
-def quoted_yaml(value: Any) -> str:
-    """Returns YAML as yaml_text does, with every Quoted string in double quotes."""
-    text: str = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=float("inf"))
-    return text
 
 
 def _resolved(domain: PlannedDomain) -> str:
@@ -66,9 +44,9 @@ def _write(plan: ExportPlan) -> Export:
                 "would draw the same samples for both; give other paths: --paths"
             )
         owners[resolved] = domain.name
-    blend = [{"weight": shares[domain.name], "path": Quoted(domain.path)} for domain in plan.domains]
+    blend = [{"weight": shares[domain.name], "path": domain.path} for domain in plan.domains]
     text = yaml_text({"__module__": "megatron.energon", "__class__": "MetadatasetV2"})
-    text += quoted_yaml({"splits": {"train": {"blend": blend}}})
+    text += yaml_text({"splits": {"train": {"blend": blend}}})
     notes = [
         "Paths are folders that `energon prepare` was run on, or JSONL files; relative ones start at this file's "
         "folder.  The file's name must end in .yaml.",

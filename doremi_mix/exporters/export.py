@@ -86,7 +86,7 @@ class Format:
 
 # What no YAML reader takes for anything but a string: it starts with a letter and holds no sign that YAML knows.
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_/.-]*\Z")
-_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n", "nan", "inf", "infinity"})
+_WORDS = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n", "nan", "inf", "infinity", "none"})
 
 
 class _QuotingDumper(yaml.SafeDumper):

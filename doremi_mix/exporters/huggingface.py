@@ -5,106 +5,13 @@ Programs that load files through this library (TRL, OpenRLHF) share its rules fo
 
 from __future__ import annotations
 
-import posixpath
-import re
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
-from doremi_mix.conversions import exact_shares
-from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import not_reached, of_counts, planned_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, json_text
+from doremi_mix.exporters.paths import builder_of, check_different_paths, data_files
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
-
-_BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".arrow": "arrow",
-}
-_PACKED = (".gz", ".zst")
-_HOPS = ("::", "://")
-
-
-def builder_of(domain: PlannedDomain) -> str:
-    """Returns the name with which ``load_dataset`` reads a domain's file.
-
-    Raises:
-        ExportError: the library would not read this path, or would read another.
-    """
-    path = domain.path
-    for hop in _HOPS:
-        if hop in path:
-            raise ExportError(
-                f'domain {domain.name!r}: its path {path!r} holds "{hop}", at which the datasets library divides a '
-                f"path into the parts of an address; give other paths: --paths"
-            )
-    if "$" in path:
-        raise ExportError(
-            f'domain {domain.name!r}: its path {path!r} holds "$", after which the datasets library puts in the value '
-            f"of an environment variable; give other paths: --paths"
-        )
-    plain, suffix = posixpath.splitext(path)
-    packed = suffix.lower() in _PACKED
-    builder = _BUILDERS.get((posixpath.splitext(plain)[1] if packed else suffix).lower())
-    if builder is None or (packed and builder != "json"):
-        raise ExportError(
-            f"domain {domain.name!r}: the kind of its file {path!r} is not known, expected .json, .jsonl or .ndjson, "
-            f"each also with .gz or .zst, or .parquet, .csv or .arrow; give other paths: --paths"
-        )
-    return builder
-
-
-def data_files(path: str) -> str:
-    """Returns a path as ``data_files`` takes it: a pattern, in which what stands for other characters is in brackets.
-
-    Example:
-        >>> data_files("data/a[1].jsonl")
-        'data/a[[]1].jsonl'
-    """
-    return re.sub(r"([*?[])", r"[\1]", path)
-
-
-def check_files_differ(plan: ExportPlan) -> None:
-    """Raises when two domains lie in one file: who reads it would draw both for either.
-
-    Raises:
-        ExportError: names the two domains.
-    """
-    seen: dict[str, str] = {}
-    for domain in plan.domains:
-        other = seen.setdefault(domain.path, domain.name)
-        if other != domain.name:
-            raise ExportError(
-                f"domains {other!r} and {domain.name!r} have one file, {domain.path!r}, of which the program would "
-                f"draw both for either; give other paths: --paths"
-            )
-
-
-def planned_counts(plan: ExportPlan) -> dict[str, int] | None:
-    """Returns the examples to draw of each domain, without those of which the budget draws none; None when not known.
-
-    Raises:
-        ExportError: the lengths of examples are not known, or no domain gets an example.
-    """
-    if any(domain.examples is None for domain in plan.domains):
-        plan.example_shares()
-        return None
-    return plan.counts()
-
-
-def of_counts(counts: Mapping[str, int]) -> dict[str, float]:
-    """Returns counts as shares that sum to 1, without the domains that have none."""
-    return exact_shares({name: Fraction(count) for name, count in counts.items() if count})
-
-
-def not_reached(plan: ExportPlan, drawn: Mapping[str, Any], what: str = "The budget") -> tuple[str, ...]:
-    """Returns a note that names the domains of which nothing is drawn although their weight is above 0."""
-    missing = [domain.name for domain in plan.domains if domain.name not in drawn]
-    return (f"{what} does not reach for one example of: {', '.join(missing)}.",) if missing else ()
-
 
 _COUNTS_FILE = '''"""Draws the mixture: from mixture import build; rows = build()."""
 
@@ -165,7 +72,7 @@ def build(columns: list[str] | None = None) -> Dataset:
 
 
 def _write_python(plan: ExportPlan) -> Export:
-    check_files_differ(plan)
+    check_different_paths(plan)
     builders = {domain.name: builder_of(domain) for domain in plan.domains}
     counts = planned_counts(plan)
     usage = "from mixture import build; rows = build()"
@@ -197,7 +104,7 @@ def _num_known(domain: PlannedDomain) -> int:
 
 
 def _write_json(plan: ExportPlan) -> Export:
-    check_files_differ(plan)
+    check_different_paths(plan)
     builders = {domain.name: builder_of(domain) for domain in plan.domains}
     counts = planned_counts(plan)
     if counts is not None and all(plan.named(name).file_examples for name in counts):

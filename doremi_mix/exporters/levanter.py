@@ -13,9 +13,9 @@ from typing import Any
 
 from doremi_mix.conversions import whole_counts
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_characters, check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import check_characters, check_different_paths, path_error, quoted_yaml
 
 # Powers of two, so that count / block is exact in float64 and its product with the block is the count again.  The first
 # is Levanter's default; it packs the place in a block into 16 bits, so that 2**16 is too large.
@@ -60,7 +60,7 @@ def _export(plan: ExportPlan, file: str, key: str, sources: dict[str, dict[str, 
         "mixture_block_size": block,
     }
     return Export(
-        files=(ExportedFile(file, quoted_yaml({"data": data})),),
+        files=(ExportedFile(file, yaml_text({"data": data})),),
         expected=shares,
         usage=f"python -m levanter.main.train_lm --configs TRAIN.yaml {file}",
         notes=(

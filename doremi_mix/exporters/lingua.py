@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_different_paths
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import check_different_paths, quoted_yaml
 
 
 def write_lingua(plan: ExportPlan) -> Export:
@@ -17,7 +17,7 @@ def write_lingua(plan: ExportPlan) -> Export:
         "seed": plan.seed,
     }
     return Export(
-        files=(ExportedFile("lingua.yaml", quoted_yaml({"data": data})),),
+        files=(ExportedFile("lingua.yaml", yaml_text({"data": data})),),
         expected=shares,
         usage="put data into the config of: torchrun -m apps.main.train config=CONFIG.yaml",
         notes=(

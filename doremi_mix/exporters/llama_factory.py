@@ -6,13 +6,13 @@ Several programs look a file up first, and then have the datasets library read i
 from __future__ import annotations
 
 import json
-import posixpath
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import not_reached, of_counts, passes
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
-from doremi_mix.exporters.huggingface import builder_of, check_files_differ, not_reached, of_counts
+from doremi_mix.exporters.paths import check_paths
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
@@ -20,70 +20,6 @@ _RUN = "stage=sft do_train=true model_name_or_path=MODEL template=TEMPLATE outpu
 _USAGE = f"llamafactory-cli train llama_factory.yaml {_RUN}"
 _PASSES = ("A domain of which more is drawn than it has is listed once for each pass over it.",)
 _COLUMNS = "Rows are taken to have instruction, input and output; for others set formatting and columns in"
-
-
-def check_paths(plan: ExportPlan, names: Iterable[str], suffixes: Collection[str]) -> None:
-    """Raises unless the datasets library reads from each path the one file that is found there.
-
-    Args:
-        plan: what is to be drawn.
-        names: of the domains that are written.
-        suffixes: by which the program knows the kind of a file, as they must be spelled.
-
-    Raises:
-        ExportError: names the domain and its path.
-    """
-    check_files_differ(plan)
-    for domain in map(plan.named, names):
-        builder_of(domain)
-        # The program asks whether the file exists, so that the pattern cannot be escaped.
-        if any(character in domain.path for character in "*?["):
-            raise ExportError(
-                f"domain {domain.name!r}: its path {domain.path!r} holds *, ? or [, with which the datasets library "
-                f"reads all files that match; give other paths: --paths"
-            )
-        if posixpath.splitext(domain.path)[1] not in suffixes:
-            raise ExportError(
-                f"domain {domain.name!r}: its path {domain.path!r} does not end in {' or '.join(suffixes)}, by which "
-                f"the kind of a file is known; give other paths: --paths"
-            )
-
-
-def check_arguments(plan: ExportPlan, names: Iterable[str]) -> None:
-    """Raises when a path would be taken for an option of a command line.
-
-    Raises:
-        ExportError: names the domain and its path.
-    """
-    for domain in map(plan.named, names):
-        if domain.path.startswith("-"):
-            raise ExportError(
-                f'domain {domain.name!r}: its path {domain.path!r} starts with "-", as options do; give other paths, '
-                f"with ./ in front: --paths"
-            )
-
-
-def passes(plan: ExportPlan, counts: Mapping[str, int]) -> dict[str, tuple[PlannedDomain, int]]:
-    """Divides what is drawn of a domain into passes over it, for programs that would repeat rows at random.
-
-    Args:
-        plan: what is to be drawn.
-        counts: examples to draw, by domain.
-
-    Returns:
-        By a name of their own, the domain of each pass and the rows to draw in it: all but the last are whole. A domain
-        of unknown size has one.
-    """
-    parts: dict[str, tuple[PlannedDomain, int]] = {}
-    for name, count in counts.items():
-        domain = plan.named(name)
-        size = domain.file_examples or count
-        for number, start in enumerate(range(0, count, size), 1):
-            key = name if number == 1 else f"{name} pass {number}"
-            while number > 1 and (key in counts or key in parts):
-                key += "+"
-            parts[key] = domain, min(size, count - start)
-    return parts
 
 
 def _write_counts(plan: ExportPlan) -> Export:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_characters, check_different_paths
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import check_characters, check_different_paths, quoted_yaml
 
 
 def write_nanotron(plan: ExportPlan) -> Export:
@@ -25,7 +25,7 @@ def write_nanotron(plan: ExportPlan) -> Export:
         },
     }
     return Export(
-        files=(ExportedFile("nanotron.yaml", quoted_yaml({"data_stages": [stage]})),),
+        files=(ExportedFile("nanotron.yaml", yaml_text({"data_stages": [stage]})),),
         expected=shares,
         usage="put data_stages into the config of: torchrun run_train.py --config-file CONFIG.yaml",
         notes=(

@@ -11,8 +11,7 @@ import numpy as np
 
 from doremi_mix.conversions import exact_shares
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.energon import Quoted, quoted_yaml
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
 from doremi_mix.exporters.megatron import PREFIX, check_prefixes, tokens_note, zipped_blend
 from doremi_mix.exporters.plan import ExportPlan
 
@@ -28,7 +27,7 @@ def _write_nemo(plan: ExportPlan) -> Export:
                 "a reference; give other paths: --paths"
             )
     return Export(
-        files=(ExportedFile("nemo_paths.yaml", quoted_yaml({"paths": [Quoted(text) for text in blend]})),),
+        files=(ExportedFile("nemo_paths.yaml", yaml_text({"paths": blend})),),
         expected=plan.token_shares(),
         usage='PreTrainingDataModule(paths=yaml.safe_load(open("nemo_paths.yaml"))["paths"], split="1,0,0", ...)',
         notes=(
@@ -159,16 +158,16 @@ def _write_automodel(plan: ExportPlan) -> Export:
     config = {
         "dataset": {
             "_target_": "nemo_automodel.components.datasets.llm.megatron_dataset.MegatronPretraining",
-            "paths": {"train": [item for d in plan.domains for item in (sampling[d.name], Quoted(d.path))]},
+            "paths": {"train": [item for d in plan.domains for item in (sampling[d.name], d.path)]},
             "splits_to_build": "train",
         },
         "domain_mixture": {
             "domains": [
                 {
-                    "name": Quoted(domain.name),
+                    "name": domain.name,
                     "sampling_weight": sampling[domain.name],
                     "objective_weight": objective[domain.name],
-                    "path": Quoted(domain.path),
+                    "path": domain.path,
                 }
                 for domain in plan.domains
             ]
@@ -176,7 +175,7 @@ def _write_automodel(plan: ExportPlan) -> Export:
     }
     strongest = max(objective, key=lambda name: objective[name] / sampling[name])
     return Export(
-        files=(ExportedFile("nemo_automodel.yaml", quoted_yaml(config)),),
+        files=(ExportedFile("nemo_automodel.yaml", yaml_text(config)),),
         expected=sampling,
         usage="merge nemo_automodel.yaml into the recipe's configuration (keep its tokenizer and seq_length)",
         notes=(

@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 from urllib.parse import urlparse
 
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_characters, check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import check_characters, check_different_paths, path_error, quoted_yaml
 
 _TOKENIZED = "tokenized/{name}/*.npy"
 
@@ -31,7 +31,7 @@ def write_olmo_core(plan: ExportPlan) -> Export:
     ]
     tokens = "NUM_TOKENS" if plan.token_budget is None else str(plan.token_budget)
     return Export(
-        files=(ExportedFile("olmo-core.yaml", quoted_yaml({"sources": sources})),),
+        files=(ExportedFile("olmo-core.yaml", yaml_text({"sources": sources})),),
         expected=shares,
         usage=(
             'SourceMixtureDatasetConfig(source_list=SourceMixtureList.from_yaml("olmo-core.yaml"), '
@@ -134,7 +134,7 @@ def write_dolma(plan: ExportPlan) -> Export:
         "random_seed": plan.seed,
     }
     return Export(
-        files=(ExportedFile("dolma.yaml", quoted_yaml(config)),),
+        files=(ExportedFile("dolma.yaml", yaml_text(config)),),
         expected={name: count / total for name, count in plan.counts().items()},
         usage="python -m dolma.tokenizer.reshard dolma.yaml",
         notes=(

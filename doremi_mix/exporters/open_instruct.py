@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 
+from doremi_mix.exporters.counts import not_reached, of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format
-from doremi_mix.exporters.huggingface import not_reached, of_counts
-from doremi_mix.exporters.llama_factory import check_arguments, check_paths
+from doremi_mix.exporters.paths import check_arguments, check_paths
 from doremi_mix.exporters.plan import ExportPlan
 
 

@@ -11,15 +11,9 @@ import shlex
 from collections.abc import Mapping
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import not_reached, of_counts, planned_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format
-from doremi_mix.exporters.huggingface import (
-    builder_of,
-    check_files_differ,
-    data_files,
-    not_reached,
-    of_counts,
-    planned_counts,
-)
+from doremi_mix.exporters.paths import builder_of, check_different_paths, data_files
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
@@ -30,7 +24,7 @@ _LONGEST_ARGUMENT = 128 * 1024 - 1
 
 
 def _write(plan: ExportPlan) -> Export:
-    check_files_differ(plan)
+    check_different_paths(plan)
     counts = planned_counts(plan)
     shares = plan.example_shares() if counts is None else of_counts(counts)
     budget = None if counts is None else sum(counts.values())

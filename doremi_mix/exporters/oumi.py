@@ -10,8 +10,9 @@ import posixpath
 from typing import Any
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import not_reached, of_counts, planned_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
-from doremi_mix.exporters.huggingface import check_files_differ, not_reached, of_counts, planned_counts
+from doremi_mix.exporters.paths import check_different_paths
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _USAGE = "oumi train -c oumi.yaml --model.model_name MODEL"
@@ -22,7 +23,7 @@ _KINDS = (
 
 
 def _write(plan: ExportPlan) -> Export:
-    check_files_differ(plan)
+    check_different_paths(plan)
     counts = planned_counts(plan)
     if counts is not None:
         entries = [{**_entry(plan, plan.named(name)), "sample_count": count} for name, count in counts.items()]

@@ -6,7 +6,7 @@ means, and write it down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -190,7 +190,6 @@ def make_plan(
         if drawn.token_shares[name]
     )
     planned = {domain.name for domain in domains}
-    uncapped = budget is not None and not corpus
     return ExportPlan(
         learned=weights,
         domains=domains,
@@ -202,7 +201,22 @@ def make_plan(
         capped=drawn.capped,
         seed=seed,
         verdict=str(weights.verdict.get("sentence", "")),
-        notes=("The sizes of the domains are not known, so no epoch cap was applied.",) if uncapped else (),
+        notes=_notes(domains, budget, corpus),
+    )
+
+
+def _notes(
+    domains: Iterable[PlannedDomain], budget: int | None, corpus: Mapping[str, DomainStatistics]
+) -> tuple[str, ...]:
+    """Returns what holds of any format."""
+    if not corpus:
+        return ("The sizes of the domains are not known, so no epoch cap was applied.",) if budget is not None else ()
+    others = [(d.file_examples or 0) - d.statistics.num_examples for d in domains if d.statistics]
+    if not any(others):
+        return ()
+    return (
+        f"The files have {sum(others):,} rows that the run rejected, filtered or holds out; they can be drawn, too. "
+        "Stage export with export.data=true writes files without them.",
     )
 
 

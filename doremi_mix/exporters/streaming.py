@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
-from doremi_mix.exporters.tokenized import check_different_paths, path_error, quoted_yaml
 
 REMOTE_SCHEMES = ("s3", "sftp", "gs", "oci", "hf", "azure", "azure-dl", "dbfs", "alipan")
 """What Streaming can download from; anything else must be a local folder."""
@@ -85,7 +85,7 @@ def write_llm_foundry(plan: ExportPlan) -> Export:
         if "${" in name or name == "???":
             raise ExportError(f"the name {name!r} would not be read as it is: {why}; rename the domain")
     dataset = {"streams": streams, "shuffle": True, "shuffle_seed": plan.seed}
-    text = quoted_yaml({"train_loader": {"name": "finetuning", "dataset": dataset}})
+    text = yaml_text({"train_loader": {"name": "finetuning", "dataset": dataset}})
     return Export(
         files=(ExportedFile("train_loader.yaml", text),),
         expected=_shares(streams),

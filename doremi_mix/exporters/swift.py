@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import not_reached, of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
-from doremi_mix.exporters.huggingface import not_reached, of_counts
-from doremi_mix.exporters.llama_factory import check_arguments, check_paths
+from doremi_mix.exporters.paths import check_arguments, check_paths
 from doremi_mix.exporters.plan import ExportPlan
 
 

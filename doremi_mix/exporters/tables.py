@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from doremi_mix.conversions import exact_shares
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.export import Export, ExportedFile, Format, json_text
+from doremi_mix.exporters.export import Export, ExportedFile, Format, json_text, yaml_text
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import quoted_yaml
 from doremi_mix.weight_forms import FORMULA_STARTS, TABLE_COLUMNS
 
 _BLANK_WEIGHT = (
@@ -118,7 +117,7 @@ def write_domain_weights(plan: ExportPlan) -> Export:
 def write_yaml(plan: ExportPlan) -> Export:
     """Writes ``{name: share of tokens}``."""
     return Export(
-        files=(ExportedFile("domain_weights.yaml", quoted_yaml(_shares(plan))),),
+        files=(ExportedFile("domain_weights.yaml", yaml_text(_shares(plan))),),
         expected=plan.token_shares(),
         usage='yaml.safe_load(open("domain_weights.yaml", encoding="utf-8"))',
         notes=_zero_notes(plan),
@@ -175,6 +174,9 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+_NAMES = "{name}"
+"""Tables name domains; they read no files."""
+
 FORMATS = (
     Format(
         name="csv",
@@ -184,6 +186,7 @@ FORMATS = (
         meaning="table",
         oversamples="draws nothing itself",
         write=write_csv,
+        path=_NAMES,
     ),
     Format(
         name="markdown",
@@ -193,6 +196,7 @@ FORMATS = (
         meaning="table",
         oversamples="draws nothing itself",
         write=write_markdown,
+        path=_NAMES,
     ),
     Format(
         name="ratio",
@@ -202,6 +206,7 @@ FORMATS = (
         meaning="share",
         oversamples="draws nothing itself",
         write=write_ratio,
+        path="{name}.jsonl",
     ),
     Format(
         name="domain-weights",
@@ -211,6 +216,7 @@ FORMATS = (
         meaning="share",
         oversamples="yes, up to its own mixture.max_epochs",
         write=write_domain_weights,
+        path=_NAMES,
     ),
     Format(
         name="yaml",
@@ -220,5 +226,6 @@ FORMATS = (
         meaning="share",
         oversamples="draws nothing itself",
         write=write_yaml,
+        path=_NAMES,
     ),
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from glob import escape
 
 from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.paths import check_characters, check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan
-from doremi_mix.exporters.tokenized import check_characters, check_different_paths, path_error
 
 _NOTES = (
     "Each domain is packed before it is mixed, so that weights count sequences: shares of tokens, up to padding; the "

@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from doremi_mix.exporters.counts import not_reached, of_counts, planned_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
-from doremi_mix.exporters.huggingface import (
-    builder_of,
-    check_files_differ,
-    data_files,
-    not_reached,
-    of_counts,
-    planned_counts,
-)
+from doremi_mix.exporters.paths import builder_of, check_different_paths, data_files
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _USAGE = "trl sft --config trl.yaml"
@@ -25,7 +19,7 @@ _FIRST_ROWS = "TRL takes the first rows of each file, in its order; shuffle file
 
 
 def _write(plan: ExportPlan) -> Export:
-    check_files_differ(plan)
+    check_different_paths(plan)
     builders = {domain.name: builder_of(domain) for domain in plan.domains}
     counts = planned_counts(plan)
     sizes = {domain.name: domain.file_examples or 0 for domain in plan.domains}

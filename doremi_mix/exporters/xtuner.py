@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.axolotl import fraction_for
+from doremi_mix.exporters.counts import fraction_for, not_reached, of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format
-from doremi_mix.exporters.huggingface import check_files_differ, not_reached, of_counts
+from doremi_mix.exporters.paths import check_different_paths
 from doremi_mix.exporters.plan import ExportPlan
 
 _HEAD = "from xtuner.v1.datasets.config import DatasetConfig\n\nDATASETS = [\n"
 
 
 def _write(plan: ExportPlan) -> Export:
-    check_files_differ(plan)
+    check_different_paths(plan)
     lines, counts = [], {}
     for name, part in plan.multipliers().items():
         domain = plan.named(name)
