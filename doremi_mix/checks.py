@@ -53,7 +53,8 @@ def check_proxy_batch(config: Config, num_domains: int) -> None:
 
 def check_export(config: Config) -> None:
     """Raises ConfigError when a format is unknown, or the paths are neither a template nor a file."""
-    from doremi_mix.export_files import format_named, read_paths
+    from doremi_mix.export_files import format_named
+    from doremi_mix.export_inputs import read_paths
 
     for name in config.export.formats:
         format_named(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -18,19 +19,23 @@ from doremi_mix.terminal import errors_in_one_line, show
 if TYPE_CHECKING:
     from doremi_mix.domain_weights import DomainWeights
     from doremi_mix.export_files import ExportOptions
-    from doremi_mix.exporters import Export, Format
+    from doremi_mix.exporters import Format
 
 
 def export(
+    context: typer.Context,
     weights: Annotated[
         Path | None,
         typer.Argument(metavar="WEIGHTS_JSON", help="a domain_weights.json, or the weights of another pipeline"),
     ] = None,
     format_: Annotated[str | None, typer.Option("--format", metavar="NAME", help="see --list")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="the file, or the folder of a format of several; else to stdout")
+        str | None,
+        typer.Option("--out", metavar="PATH", help="the file, or a folder (of several files, or with a / at its end)"),
     ] = None,
-    budget: Annotated[int | None, typer.Option("--budget", min=1, metavar="N", help="what to draw in all")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="N", help="what to draw in all: 1000000, 1e6 or 1M")
+    ] = None,
     budget_unit: Annotated[
         Literal["tokens", "examples"], typer.Option("--budget-unit", help="what --budget counts")
     ] = "tokens",
@@ -43,7 +48,7 @@ def export(
             "--paths",
             metavar="TEMPLATE_OR_FILE",
             help="what the program reads: a template such as 'data/{name}.jsonl', or a file of path by domain; "
-            "else the files that were loaded",
+            "else the files that were loaded, or a placeholder where it reads another kind of file",
         ),
     ] = None,
     corpus: Annotated[
@@ -71,29 +76,25 @@ def export(
 ) -> None:
     """Hands domain weights to another program, in the unit that it means, and says what it will draw.
 
-    Beside the files lies expected.json: unit, budget, and the composition to expect.  With --run-dir, the formats of
-    export.formats are written under export/ of the run, for the weights, budget and epoch cap of its mixture.
+    Beside the files lies FORMAT.expected.json: unit, budget, and the composition to expect.  With --run-dir, the
+    formats of export.formats are written under export/ of the run, for the weights, budget and epoch cap of its
+    mixture.
     """
-    from doremi_mix.export_files import ExportOptions, format_named, list_formats, read_paths
+    from doremi_mix.export_files import ExportOptions, format_named, list_formats
+    from doremi_mix.export_inputs import read_count, read_paths
 
     with errors_in_one_line():
         if list_:
             _print_formats(list_formats(), as_json=as_json)
             return
         if run_dir is not None:
-            _refuse_beside_run(
-                WEIGHTS_JSON=weights is not None,
-                out=out is not None,
-                budget=budget is not None,
-                paths=paths is not None,
-                corpus=corpus is not None,
-                equal_lengths=equal_lengths,
-            )
-            over = {"export": {"formats": [format_]}} if format_ else {}
+            _refuse(context, beside_run=True)
+            over = {"export": {"formats": [*_formats_of(run_dir), format_]}} if format_ else {}
             with opened_stage(stage_named("export"), run_dir, config, set_, over=over) as opened:
                 if opened.processes.is_main:
                     _print_exports(opened.run.stage_path("export"), as_json=as_json)
             return
+        _refuse(context, beside_run=False)
         if weights is None or format_ is None:
             missing = "WEIGHTS_JSON" if weights is None else "--format NAME"
             raise ConfigError(f"{missing} is missing; for example: doremi-mix export domain_weights.json --format trl")
@@ -103,26 +104,59 @@ def export(
         _export(
             row,
             read,
-            ExportOptions(budget, budget_unit, max_epochs, given, equal_lengths, seed),
+            ExportOptions(
+                budget=read_count(budget) if budget is not None else None,
+                budget_unit=budget_unit,
+                max_epochs=max_epochs,
+                paths=given,
+                equal_lengths=equal_lengths,
+                seed=seed,
+            ),
             out,
             overwrite=overwrite,
             as_json=as_json,
         )
 
 
-def _refuse_beside_run(**given: bool) -> None:
-    """Raises ConfigError for what a run's own settings say."""
-    instead = {"budget": "mixture.token_budget", "paths": "export.paths"}
-    for name, is_given in given.items():
-        if is_given:
-            shown = name if name.isupper() else f"--{name.replace('_', '-')}"
-            advice = f"--set {instead[name]}=..." if name in instead else "one of the two"
-            raise ConfigError(f"{shown} does not go with --run-dir; give {advice}")
+_OF_A_RUN = ("set_", "config")
+_OF_A_FILE = {
+    "weights": "--run-dir, or WEIGHTS_JSON",
+    "out": "another --run-dir: it writes under export/ of the run",
+    "budget": "--set mixture.token_budget=N",
+    "budget_unit": "--set mixture.token_budget=N, in tokens",
+    "max_epochs": "--set mixture.max_epochs=N",
+    "paths": "--set export.paths=TEMPLATE_OR_FILE",
+    "corpus": "--run-dir alone: a run knows its corpus",
+    "equal_lengths": "--run-dir alone: a run knows its corpus",
+    "seed": "--set export.seed=N",
+    "overwrite": "--run-dir alone: a stage takes the place of its earlier result",
+}
+"""Options that go with a file of weights only, and what to give beside --run-dir instead."""
+
+
+def _refuse(context: typer.Context, *, beside_run: bool) -> None:
+    """Raises ConfigError for options that would have no effect."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        shown = "WEIGHTS_JSON" if parameter.name == "weights" else parameter.opts[0]
+        if beside_run and parameter.name in _OF_A_FILE:
+            raise ConfigError(f"{shown} does not go with --run-dir; give {_OF_A_FILE[parameter.name]}")
+        if not beside_run and parameter.name in _OF_A_RUN:
+            raise ConfigError(f"{shown} goes with --run-dir; give that, or leave {shown} out")
+
+
+def _formats_of(run_dir: Path) -> list[str]:
+    """Returns the formats that a run has been asked for so far."""
+    from doremi_mix.run import RunDirectory
+
+    return list(RunDirectory(run_dir).describe()["given"].get("export", {}).get("formats", []))
 
 
 def _print_exports(folder: Path, *, as_json: bool) -> None:
     """Prints what the stage wrote, and how each program takes it."""
-    exports = json.loads((folder / "exports.json").read_text(encoding="utf-8"))
+    exports = json.loads((folder / "exports.json").read_text(encoding="utf-8"))["formats"]
     if as_json:
         print(json.dumps(exports, indent=2, ensure_ascii=False))
         return
@@ -133,67 +167,61 @@ def _print_exports(folder: Path, *, as_json: bool) -> None:
 
 def _read(path: Path, corpus: Path | None) -> DomainWeights:
     """Reads weights of any pipeline, with what is known of the corpus; says on stderr what was made of them."""
-    from dataclasses import replace
-
-    from doremi_mix.domain_weights import DomainWeights
-    from doremi_mix.export_files import read_corpus
+    from doremi_mix.export_inputs import read_corpus
     from doremi_mix.weight_files import read_weights
 
     read = read_weights(path)
     for notice in read.notices:
         print(f"note: {notice}", file=sys.stderr)
-    weights = read.domain_weights
-    if weights is None:
-        weights = DomainWeights(read.weights, dict.fromkeys(read.weights, 1 / len(read.weights)), method=read.kind)
     if corpus is None:
-        return weights
+        return read.to_domain_weights()
     known = read_corpus(corpus)
-    for name in weights.domain_weights:
+    for name in known:
+        if name not in read.weights:
+            print(f"note: {corpus} has domain {name!r}, which has no weight in {path}", file=sys.stderr)
+    for name in read.weights:
         if name not in known:
             raise DataError(f"{corpus}: knows nothing of domain {name!r} of {path}; give the corpus of these domains")
-    return replace(weights, corpus={name: known[name] for name in weights.domain_weights})
+    return read.to_domain_weights(known)
 
 
 def _export(
     row: Format,
     weights: DomainWeights,
     options: ExportOptions,
-    out: Path | None,
+    out: str | None,
     *,
     overwrite: bool,
     as_json: bool,
 ) -> None:
     from doremi_mix.export_files import expectation, plan_for, write_export
-    from doremi_mix.exporters import export_plan
+    from doremi_mix.exporters import export_plan, facts
 
     plan = plan_for(row, weights, options)
     if out is None:
         made = export_plan(row, plan)
-        if as_json:
-            files = {file.name: file.text for file in made.files}
-            print(json.dumps({"files": files, **expectation(row, plan, made)}, indent=2, ensure_ascii=False))
-            return
+        result: dict[str, object] = {"files": {file.name: file.text for file in made.files}}
+    else:
+        if not out.strip():
+            raise ConfigError("--out is empty; give a file or a folder, or leave it out")
+        made, written = write_export(row, plan, Path(out), overwrite=overwrite, folder=out.endswith("/"))
+        result = {"written": [str(path) for path in written]}
+    if as_json:
+        print(json.dumps({**result, **expectation(row, plan, made)}, indent=2, ensure_ascii=False))
+        return
+    if out is None:
         for file in made.files:
             if len(made.files) > 1:
                 print(f"# ==> {file.name} <==")
             print(file.text, end="")
+        # What follows is for people, and comes after the text also where both go to one place.
+        sys.stdout.flush()
     else:
-        made, written = write_export(row, plan, out, overwrite=overwrite)
-        if as_json:
-            said = {"written": [str(path) for path in written], **expectation(row, plan, made)}
-            print(json.dumps(said, indent=2, ensure_ascii=False))
-            return
         for path in written:
             print(f"wrote {path}", file=sys.stderr)
-    if options.budget is None and plan.budget is not None:
-        print(f"note: no --budget was given; counted for {plan.budget:,} {plan.budget_unit}", file=sys.stderr)
-    _say(made, plan.verdict)
-
-
-def _say(made: Export, verdict: str) -> None:
-    for note in made.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"verdict: {verdict or 'these weights were not compared with plain mixtures'}", file=sys.stderr)
+    for fact in facts(plan, made):
+        print(f"note: {fact}", file=sys.stderr)
+    print(f"verdict: {plan.verdict or 'these weights were not compared with plain mixtures'}", file=sys.stderr)
     print(f"use it: {made.usage}", file=sys.stderr)
 
 
@@ -227,6 +255,10 @@ def dataset(
     from doremi_mix.stages.weights import read_weights
 
     with errors_in_one_line():
+        if public and push is None:
+            raise ConfigError("--public says who may see an upload; give --push OWNER/NAME, or leave it out")
+        if push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
+            raise ConfigError(f"--push {push}: expected OWNER/NAME")
         run = RunDirectory(run_dir)
         run.describe()
         if run.manifest("mixture") is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -458,7 +459,9 @@ class MixtureConfig(Section):
 class ExportConfig(Section):
     """Stage export: the weights that the mixture is drawn with, for other programs."""
 
-    formats: tuple[str, ...] = Field(default=(), description="names of doremi-mix export --list; empty: no export")
+    formats: Annotated[tuple[str, ...], AfterValidator(lambda names: tuple(dict.fromkeys(names)))] = Field(
+        default=(), description="names of doremi-mix export --list; empty: no export"
+    )
     paths: str | None = Field(
         default=None,
         description="what the programs read: a template with {name}, or a file of path by domain; null: the loaded "
@@ -466,7 +469,8 @@ class ExportConfig(Section):
     )
     data: bool = Field(
         default=False,
-        description="also write the rows to train on, one file a domain: kept by the filter, not held out, unchanged",
+        description="also write the rows to train on, one file a domain: kept by the filter, not held out, shuffled, "
+        "all with instruction, input, output, system and messages",
     )
     seed: Seed = Field(default=0, description="for programs that ask for one")
 

@@ -19,8 +19,10 @@ GRID = 2**53
 def exact_shares(values: Amounts) -> dict[str, float]:
     """Returns values in proportion as shares whose sum is 1.0 exactly, in whatever order a program adds them.
 
-    A few values that are such shares already stay as they were typed.  Otherwise each share is rounded to a multiple of
-    2**-53, by largest remainder: off by less than 1.2e-16, and a value above 0 never becomes 0.
+    Up to six values that are such shares already stay as they were typed.  Otherwise shares are multiples of 2**-53,
+    rounded by largest remainder, and a value above 0 never becomes 0: one below the grid is lifted to 2**-53.  Each
+    share is off by less than 2**-53 (1.2e-16); only the largest may be off by more, because it gives what the lifted
+    ones get: by less than 2**-53 for each of them.
 
     Args:
         values: at least 0 and finite, with one above 0, by name.
@@ -44,7 +46,7 @@ def exact_shares(values: Amounts) -> dict[str, float]:
     if total == 0:
         raise ValueError("no value is above 0")
     rounded = [float(value / total) for value in exact]
-    if _adds_up(rounded):
+    if _adds_up(rounded) and all(share or not value for share, value in zip(rounded, exact, strict=True)):
         return dict(zip(values, rounded, strict=True))
     scaled = [value * GRID / total for value in exact]
     units = [max(math.floor(value), 1) if value else 0 for value in scaled]
@@ -84,6 +86,25 @@ def in_other_units(token_shares: Mapping[str, float], tokens_per_unit: Amounts) 
     return exact_shares(
         {name: Fraction(share) / Fraction(tokens_per_unit[name]) for name, share in token_shares.items()}
     )
+
+
+def to_token_shares(example_shares: Mapping[str, float], mean_tokens: Amounts) -> dict[str, float]:
+    """Returns the shares of tokens that drawing by shares of examples gives: ``in_other_units``, the other way round.
+
+    A domain's share of tokens is in proportion to its share of examples times the tokens of one of its examples.
+
+    Args:
+        example_shares: by domain, at least 0, with one above 0.
+        mean_tokens: mean tokens of an example of each domain, above 0.
+
+    Returns:
+        Shares by domain, in the same order; their sum is 1.0 exactly.
+
+    Example:
+        >>> to_token_shares({"long": 0.25, "short": 0.75}, {"long": 30, "short": 10})
+        {'long': 0.5, 'short': 0.5}
+    """
+    return exact_shares({name: Fraction(share) * Fraction(mean_tokens[name]) for name, share in example_shares.items()})
 
 
 def whole_counts(shares: Mapping[str, Fraction], caps: Mapping[str, int] | None = None) -> dict[str, int]:

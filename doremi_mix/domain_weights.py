@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from doremi_mix.conversions import exact_shares, in_other_units
@@ -203,6 +204,27 @@ class DomainWeights:
             rank=rank,
         )
 
+    @classmethod
+    def read(cls, path: str | Path, corpus: Mapping[str, DomainStatistics] | None = None) -> DomainWeights:
+        """Reads domain weights from a file: ours, or one of another pipeline (see ``doremi_mix.weight_files``).
+
+        How a file of another pipeline was understood is not said here; ``weight_files.read_weights`` tells it.
+
+        Args:
+            path: the file.
+            corpus: what there is of each domain, for files that do not say; it replaces what ours says.
+
+        Raises:
+            DataError: the file is missing, is none of these, or its weights cannot be used; the corpus knows nothing of
+                a domain; or the weights are shares of examples, which only a corpus makes shares of tokens.
+        """
+        from doremi_mix.weight_files import read_weights
+
+        read = read_weights(Path(path))
+        if read.unit == "examples" and corpus is None:
+            raise DataError(f"{path}: holds shares of examples, not of tokens; give a corpus, which converts them")
+        return read.to_domain_weights(corpus)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the stable JSON form that ``weights/domain_weights.json`` holds."""
         return {
@@ -242,12 +264,23 @@ class DomainWeights:
             if not isinstance(data.get(key, {} if key in optional else None), Mapping):
                 raise ValueError(f'"{key}" must be an object, got {data.get(key)!r}')
         for unit, shares in data.get("shares", {}).items():
-            if not isinstance(shares, Mapping):
+            if not isinstance(shares, Mapping) or not all(map(_is_number, shares.values())):
                 raise ValueError(f'"shares.{unit}" must be an object of numbers, got {shares!r}')
+        for name, interval in data.get("intervals", {}).items():
+            if not isinstance(interval, list | tuple) or len(interval) != 2 or not all(map(_is_number, interval)):
+                raise ValueError(f'"intervals.{name}" must be two numbers, got {interval!r}')
+        diagnoses = data.get("diagnoses", ())
+        if not isinstance(diagnoses, list | tuple) or not all(isinstance(sentence, str) for sentence in diagnoses):
+            raise ValueError(f'"diagnoses" must be a list of sentences, got {diagnoses!r}')
         known = {entry.name for entry in fields(DomainStatistics)}
+        corpus = {}
         for name, entry in data.get("corpus", {}).items():
             if not isinstance(entry, Mapping) or not {"num_examples", "available_tokens"} <= set(entry) <= known:
                 raise ValueError(f'"corpus.{name}" must have num_examples and available_tokens, got {entry!r}')
+            try:
+                corpus[name] = DomainStatistics(**entry)
+            except ValueError as error:
+                raise ValueError(f'"corpus.{name}": {error}') from None
         return cls(
             domain_weights=dict(data["domain_weights"]),
             reference_weights=dict(data["reference_weights"]),
@@ -258,7 +291,11 @@ class DomainWeights:
             provenance=dict(data.get("provenance", {})),
             intervals={name: (low, high) for name, (low, high) in data.get("intervals", {}).items()},
             uncertainty=dict(data.get("uncertainty", {})),
-            diagnoses=tuple(data.get("diagnoses", ())),
+            diagnoses=tuple(diagnoses),
             verdict=dict(data.get("verdict", {})),
-            corpus={name: DomainStatistics(**entry) for name, entry in data.get("corpus", {}).items()},
+            corpus=corpus,
         )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

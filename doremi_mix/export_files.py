@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import doremi_mix
 from doremi_mix.atomic import write_atomic
 from doremi_mix.domain_weights import DomainWeights
-from doremi_mix.errors import ConfigError, DataError, ExportError, RunDirectoryError, short_reason
+from doremi_mix.errors import ConfigError, ExportError, RunDirectoryError, short_reason
 from doremi_mix.exporters import FORMATS, Export, ExportPlan, Format, export_plan
 from doremi_mix.exporters.export import json_text
 from doremi_mix.exporters.plan import make_plan
-from doremi_mix.types import DomainStatistics
 
 ENTRY_POINTS = "doremi_mix.exporters"
-EXPECTED = "expected.json"
 PROOFS = Path(__file__).parent / "exporters" / "verified.json"
 
 
@@ -53,13 +51,15 @@ def all_formats() -> dict[str, Format]:
 
 
 def format_named(name: str) -> Format:
-    """Returns a format.
+    """Returns a format; other packages are asked only for what we have not.
 
     Raises:
         ConfigError: there is none of that name.
     """
     import difflib
 
+    if name in FORMATS:
+        return FORMATS[name]
     formats = all_formats()
     if name not in formats:
         near = difflib.get_close_matches(name, formats, n=1)
@@ -75,9 +75,10 @@ def list_formats() -> list[dict[str, Any]]:
     for row in all_formats().values():
         entry = {key: value for key, value in asdict(row).items() if key not in ("write", "name")}
         proof = proofs.get(row.name, {})
+        by = f"{proof['consumer']} {proof['version']}" if proof else None
         rows.append(
             {"format": row.name, **entry}
-            | {"proof": proof.get("proof", "golden"), "version": proof.get("version"), "date": proof.get("date")}
+            | {"proof": proof.get("proof", "golden"), "proven_by": by, "date": proof.get("date")}
         )
     return rows
 
@@ -117,10 +118,17 @@ def plan_for(row: Format, weights: DomainWeights, options: ExportOptions) -> Exp
         DoremiMixError: as ``make_plan``.
     """
     budget, unit = options.budget, options.budget_unit
+    notes = []
     if budget is None and row.needs_budget:
-        budget, unit = default_budget(weights), "tokens"
+        budget, unit = default_budget(weights, options.max_epochs), "tokens"
+        if budget is not None:
+            notes.append(f"No budget was given; {budget:,} tokens are {_reason(weights, budget)}.")
+    if options.paths is None and row.path and "/" in row.path:
+        notes.append(
+            f"Paths such as {row.path} are placeholders for data in the program's own form: give yours, --paths."
+        )
     try:
-        return make_plan(
+        plan = make_plan(
             weights,
             budget=budget,
             budget_unit=unit,
@@ -131,14 +139,43 @@ def plan_for(row: Format, weights: DomainWeights, options: ExportOptions) -> Exp
         )
     except ExportError as error:
         raise ExportError(f"{row.name}: {error}") from None
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
-def default_budget(weights: DomainWeights) -> int | None:
-    """Returns the budget in tokens that the weights were learned for, else one pass over the domains that are drawn."""
-    learned_for = weights.settings.get("proxy", {}).get("token_budget")
-    if isinstance(learned_for, int) and learned_for > 0:
-        return learned_for
-    return sum(s.available_tokens for name, s in weights.corpus.items() if weights[name]) or None
+def _reason(weights: DomainWeights, budget: int) -> str:
+    """Returns where a budget comes from that nobody gave."""
+    learned_for = _learned_for(weights)
+    one_pass = sum(s.available_tokens for name, s in weights.corpus.items() if weights[name])
+    if budget == learned_for:
+        return "what the weights were learned for"
+    return (
+        "one pass over the domains" if budget == one_pass and not learned_for else "the most that --max-epochs allows"
+    )
+
+
+def _learned_for(weights: DomainWeights) -> int | None:
+    """Returns the budget in tokens that the weights were learned for; None when they do not say."""
+    proxy = weights.settings.get("proxy")
+    budget = proxy.get("token_budget") if isinstance(proxy, Mapping) else None
+    return budget if isinstance(budget, int) and budget > 0 else None
+
+
+def default_budget(weights: DomainWeights, max_epochs: float) -> int | None:
+    """Returns a budget in tokens for who gives none.
+
+    Args:
+        weights: the domain weights.
+        max_epochs: the largest number of passes over a domain.
+
+    Returns:
+        What the weights were learned for, else one pass over the domains that are drawn; not more than the epoch cap
+        allows.  None where nothing is known of the domains.
+    """
+    available = [s.available_tokens for name, s in weights.corpus.items() if weights[name]]
+    if not available:
+        return None
+    wanted = _learned_for(weights) or sum(available)
+    return max(1, min(wanted, sum(int(Fraction(str(float(max_epochs))) * tokens) for tokens in available)))
 
 
 def _paths(row: Format, weights: DomainWeights, given: str | Mapping[str, str] | None) -> Mapping[str, str] | None:
@@ -146,63 +183,8 @@ def _paths(row: Format, weights: DomainWeights, given: str | Mapping[str, str] |
     if not isinstance(template, str):
         return template
     if "{name}" not in template:
-        raise ConfigError(f"--paths {template!r}: expected a template with {{name}}, or a file of path by domain")
+        raise ConfigError(f"paths {template!r}: expected a template with {{name}}, or a path by domain")
     return {name: template.replace("{name}", name) for name in weights.domain_weights}
-
-
-def read_paths(text: str) -> str | dict[str, str]:
-    """Reads ``--paths``: a template with ``{name}`` stays as it is, anything else is a YAML or JSON file.
-
-    Raises:
-        DataError: the file is missing or holds something else than one path for each domain.
-    """
-    if "{name}" in text:
-        return text
-    value = _read_mapping(Path(text), "--paths", "path")
-    for name, path in value.items():
-        if not isinstance(path, str):
-            raise DataError(f"{text}: the path of {name!r} must be text, got {path!r}")
-    return value
-
-
-def read_corpus(path: Path) -> dict[str, DomainStatistics]:
-    """Reads what there is of each domain.
-
-    Args:
-        path: a run directory whose weights are there, a ``domain_weights.json`` with a corpus, or a YAML or JSON file
-            with ``num_examples`` and ``available_tokens`` by domain.
-
-    Raises:
-        DataError: it is missing, or holds something else.
-    """
-    if path.is_dir():
-        path = path / "weights" / "domain_weights.json"
-    value = _read_mapping(path, "--corpus", "statistics")
-    if "format" in value:
-        value = value.get("corpus", {})
-    if not value:
-        raise DataError(f"{path}: knows nothing of the corpus; run again what wrote it, or give another --corpus")
-    corpus = {}
-    for name, entry in value.items():
-        try:
-            corpus[name] = DomainStatistics(**entry)
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{path}: {name!r}: expected num_examples and available_tokens ({short_reason(error)})"
-            ) from None
-    return corpus
-
-
-def _read_mapping(path: Path, option: str, what: str) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give another {option}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: is neither YAML nor JSON ({short_reason(error)}); give another {option}") from None
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise DataError(f"{path}: expected a mapping of domain and {what}; give another {option}")
-    return value
 
 
 def expectation(row: Format, plan: ExportPlan, export: Export) -> dict[str, Any]:
@@ -221,17 +203,25 @@ def expectation(row: Format, plan: ExportPlan, export: Export) -> dict[str, Any]
             "epochs": epochs,
             "path": domain.path,
         }
+        if export.second is not None:
+            # How much is drawn is the program's own setting, and domains are sampled as the corpus has them.
+            domains[domain.name] |= {
+                "objective_share": export.second[domain.name],
+                "token_share": export.expected[domain.name],
+                **dict.fromkeys(("example_share", "tokens", "examples", "epochs")),
+            }
+    applies = plan.budget is not None and export.second is None
     return {
         "doremi_mix": doremi_mix.__version__,
         "format": row.name,
         "written_for": row.title,
         "unit": row.unit,
-        "meaning": row.meaning,
+        "meaning": export.meaning or row.meaning,
         "oversamples": row.oversamples,
         "budget": plan.budget,
         "budget_unit": plan.budget_unit if plan.budget is not None else None,
-        "max_epochs": plan.max_epochs if plan.budget is not None else None,
-        "capped_domains": list(plan.capped),
+        "max_epochs": plan.max_epochs if applies else None,
+        "capped_domains": list(plan.capped) if applies else [],
         "left_out": list(plan.left_out),
         "num_drawn": export.num_drawn,
         "verdict": plan.verdict or None,
@@ -239,6 +229,13 @@ def expectation(row: Format, plan: ExportPlan, export: Export) -> dict[str, Any]
         "notes": [*plan.notes, *export.notes],
         "domains": domains,
     }
+
+
+def _with_name(usage: str, name: str, out: Path) -> str:
+    """Returns how an export is used, with the name that its one file got in place of its usual one."""
+    usual, given = Path(name), Path(out)
+    text = usage.replace(name, shlex.quote(str(out)) if " " in str(out) else str(out))
+    return text.replace(f"from {usual.stem} import", f"from {given.stem} import")
 
 
 def write_export(
@@ -261,16 +258,19 @@ def write_export(
         RunDirectoryError: a file is there already, or the folder is missing or cannot be written.
     """
     export = export_plan(row, plan)
+    if not folder and len(export.files) == 1 and not out.is_dir():
+        export = replace(export, usage=_with_name(export.usage, export.files[0].name, out))
+    if len(export.files) > 1 and not folder and out.suffix and not out.is_dir():
+        names = ", ".join(file.name for file in export.files)
+        raise ConfigError(f"{row.name} has several files ({names}); give a folder: --out {out.with_suffix('')}/")
     if folder or len(export.files) > 1 or out.is_dir():
         targets = [out / file.name for file in export.files]
-        sidecar = out / EXPECTED
+        sidecar = out / f"{row.name}.expected.json"
     else:
-        targets, sidecar = [out], out.with_name(f"{out.name}.{EXPECTED}")
+        targets, sidecar = [out], out.with_name(f"{out.name}.expected.json")
     existing = [path for path in (*targets, sidecar) if path.exists()]
     if existing and not overwrite:
         raise RunDirectoryError(f"{existing[0]}: exists already; choose another --out, or say --overwrite")
-    if not out.parent.is_dir():
-        raise RunDirectoryError(f"{out.parent}: no such folder; make it first or choose another --out")
     try:
         for path, file in zip(targets, export.files, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)

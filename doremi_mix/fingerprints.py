@@ -156,6 +156,13 @@ def export_reads(config: Config) -> tuple[str, ...]:
     return tuple(name for name in mixture_reads(config) if config.export.data or name not in rows_reads(config))
 
 
+def export_outputs(folder: Path) -> tuple[str, ...]:
+    """Returns the list of the exports, and the rows that they name by where they were written."""
+    path = folder / "exports.json"
+    place = read_json(path)["place"] if path.exists() else None
+    return (path.name,) if place is None else (path.name, str(Path(place) / "data"))
+
+
 def finetune_settings(config: Config) -> Any:
     """Settings of finetune, the base model and the template among them."""
     from doremi_mix.stages.tokenize import make_template

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from doremi_mix.domain_weights import DomainWeights
-from doremi_mix.errors import BudgetError, DataError, short_reason
+from doremi_mix.errors import BudgetError, ConfigError, DataError, short_reason
 from doremi_mix.mixture import IntArray, draw_examples, mixture_order
 from doremi_mix.types import DomainStatistics
 
@@ -51,7 +53,7 @@ def interleave(
     Args:
         datasets: by domain; each domain with a weight above 0 must be there.
         weights: the domain weights, with the corpus that they were learned on.
-        budget: what to draw in all; None draws as much as the domains hold together.
+        budget: what to draw in all; None draws as much as the domains hold together, or as the epoch cap allows.
         unit: what the budget counts: "tokens", as the run counted them, or "examples".
         max_epochs: the largest number of passes over a domain.
         equal_lengths: take every example to be as long as any other, where the weights have no corpus.
@@ -61,9 +63,13 @@ def interleave(
         The mixture, with the columns of all; a column that a domain has not is None there.
 
     Raises:
-        DataError: a domain has no dataset or no weight, lengths are not known, or columns of one name differ in type.
+        ConfigError: the package ``datasets`` is not installed.
+        DataError: a domain has no dataset or no weight or no example, lengths are not known, or columns of one name
+            differ in type.
         BudgetError: the epoch cap makes the budget impossible, or it is smaller than one example.
+        ValueError: there is no such unit.
     """
+    _check_asked(unit, max_epochs)
     names = _drawn_names(datasets, weights)
     if _are_streams(datasets):
         return _interleave_streams(
@@ -97,7 +103,7 @@ def draw_counts(
     Args:
         weights: the domain weights.
         sizes: examples of each domain; each with a weight above 0 must be there.
-        budget: what to draw in all; None draws as much as the domains hold together.
+        budget: what to draw in all; None draws as much as the domains hold together, or as the epoch cap allows.
         unit: what the budget counts: "tokens" or "examples".
         max_epochs: the largest number of passes over a domain.
         equal_lengths: take every example to be as long as any other, where the weights have no corpus.
@@ -108,13 +114,14 @@ def draw_counts(
     Raises:
         DataError: a domain has no size or no weight or no example, or lengths are not known.
         BudgetError: the epoch cap makes the budget impossible, or it is smaller than one example.
+        ValueError: there is no such unit.
     """
+    _check_asked(unit, max_epochs)
     names = _drawn_names(sizes, weights)
+    sizes = _whole(sizes)
     for name in names:
         if sizes[name] < 1:
-            raise DataError(
-                f"domain {name!r} has weight {weights[name]} but no examples; give it some, or give it weight 0"
-            )
+            raise _no_examples(name, weights)
     if not weights.corpus and not equal_lengths:
         raise DataError(_UNKNOWN_LENGTHS)
     if not weights.corpus and budget is not None and unit == "tokens":
@@ -124,7 +131,8 @@ def draw_counts(
         )
     corpus = {name: _resized(weights.corpus.get(name), sizes.get(name, 0)) for name in weights.domain_weights}
     if budget is None:
-        unit, budget = "tokens", sum(corpus[name].available_tokens for name in names)
+        passes = Fraction(str(float(min(max_epochs, 1))))
+        unit, budget = "tokens", max(1, sum(int(passes * corpus[name].available_tokens) for name in names))
     counts = replace(weights, corpus=corpus).to_counts(budget, unit=unit, max_epochs=max_epochs)
     return {name: counts[name] for name in names}
 
@@ -194,7 +202,8 @@ class MixtureSampler(Sampler[int]):
         Args:
             sizes: examples of each domain, in the order in which the domains are concatenated.
             weights: the domain weights, with the corpus that they were learned on.
-            budget: what one pass draws in all processes together; None draws as much as the domains hold together.
+            budget: what one pass draws in all processes together; None draws as much as the domains hold together, or
+                as the epoch cap allows.
             unit: what the budget counts: "tokens", as the run counted them, or "examples".
             max_epochs: the largest number of passes over a domain in one pass over the mixture.
             equal_lengths: take every example to be as long as any other, where the weights have no corpus.
@@ -205,15 +214,17 @@ class MixtureSampler(Sampler[int]):
         Raises:
             DataError: a domain has no size or no weight or no example, or lengths are not known.
             BudgetError: the epoch cap makes the budget impossible, or it is smaller than one example a process.
-            ValueError: there is no such rank, or the seed is negative.
+            ValueError: there is no such rank or unit, or the seed is negative.
         """
+        # Numbers of numpy too, which JSON does not know.
+        seed, num_replicas, rank = map(operator.index, (seed, num_replicas, rank))
         if not 0 <= rank < num_replicas:
             raise ValueError(f"rank must be at least 0 and below num_replicas, got {rank} of {num_replicas}")
         if seed < 0:
             raise ValueError(f"the seed must be at least 0, got {seed}")
-        self.sizes = dict(sizes)
+        self.sizes = _whole(sizes)
         self.counts = draw_counts(
-            weights, sizes, budget=budget, unit=unit, max_epochs=max_epochs, equal_lengths=equal_lengths
+            weights, self.sizes, budget=budget, unit=unit, max_epochs=max_epochs, equal_lengths=equal_lengths
         )
         """Examples of each domain in one pass, all processes together."""
         self.seed, self.num_replicas, self.rank = seed, num_replicas, rank
@@ -311,6 +322,35 @@ def _drawn_names(given: Mapping[str, object], weights: DomainWeights) -> list[st
     return names
 
 
+def _check_asked(unit: str, max_epochs: float) -> None:
+    """Raises for what only a budget would show to be wrong."""
+    if unit not in ("tokens", "examples"):
+        raise ValueError(f'unit must be "tokens" or "examples", got {unit!r}')
+    if not (math.isfinite(max_epochs) and max_epochs > 0):
+        raise BudgetError(f"max_epochs must be finite and above 0, got {max_epochs}; change it")
+
+
+def _whole(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Returns sizes as numbers of Python, whichever whole numbers they are.
+
+    Raises:
+        DataError: a size is no whole number.
+    """
+    whole = {}
+    for name, size in sizes.items():
+        try:
+            whole[name] = operator.index(size)
+        except TypeError:
+            raise DataError(
+                f"domain {name!r}: its size must be a whole number of examples, got {size!r}; give len(dataset)"
+            ) from None
+    return whole
+
+
+def _no_examples(name: str, weights: DomainWeights) -> DataError:
+    return DataError(f"domain {name!r} has weight {weights[name]} but no examples; give it some, or give it weight 0")
+
+
 def _resized(known: DomainStatistics | None, size: int) -> DomainStatistics:
     """Returns the statistics of a domain of another size, with examples as long as before."""
     if known is None or size < 1:
@@ -320,7 +360,12 @@ def _resized(known: DomainStatistics | None, size: int) -> DomainStatistics:
 
 def _are_streams(given: Mapping[str, Any]) -> bool:
     """Says whether datasets are streams; they must be of one kind."""
-    from datasets import Dataset, IterableDataset
+    try:
+        from datasets import Dataset, IterableDataset
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "interleave needs the package datasets, which is not installed; run: pip install 'doremi-mix[datasets]'"
+        ) from error
 
     for name, dataset in given.items():
         if not isinstance(dataset, Dataset | IterableDataset):
@@ -363,6 +408,10 @@ def _interleave_streams(
     )
     shares = plan.example_shares()
     passes = None if num_examples is not None else max(1, math.floor(max_epochs))
+    for name in shares:
+        # An empty stream would end the mixture at the first draw from it, without a word.
+        if not any(True for _ in streams[name].take(1)):
+            raise _no_examples(name, weights)
     try:
         mixed = interleave_datasets(
             [streams[name].repeat(passes) for name in shares],

@@ -151,9 +151,11 @@ class RunDirectory:
         path = self.stage_path(stage) / MANIFEST
         return dict(read_json(path)) if path.exists() else None
 
-    def forget(self, stage: str) -> None:
-        """Marks a stage as not finished; its files stay until it is run again."""
-        (self.stage_path(stage) / MANIFEST).unlink(missing_ok=True)
+    def outdate(self, stage: str) -> None:
+        """Marks a finished stage as made with other settings: the next command makes it anew."""
+        manifest = self.manifest(stage)
+        if manifest is not None:
+            write_json(self.stage_path(stage) / MANIFEST, {**manifest, "fingerprint": ""})
 
     def begin(self, stage: str, wanted: str, *, resumable: bool) -> Path:
         """Makes a stage's folder ready to be filled.

@@ -115,9 +115,16 @@ def check_distribution(weights: Mapping[str, float], what: str) -> None:
     for name, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise ValueError(f"{what}: the weight of {name!r} must be a number, got {weight!r}")
-        if not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"{what}: the weight of {name!r} must be finite and at least 0, got {weight}")
-    total = math.fsum(weights.values())
+        try:
+            usable = math.isfinite(weight) and weight >= 0
+        except OverflowError:  # a whole number beyond float64
+            usable = False
+        if not usable:
+            raise ValueError(f"{what}: the weight of {name!r} must be finite and at least 0, got {weight!s:.60}")
+    try:
+        total = math.fsum(weights.values())
+    except OverflowError:
+        total = math.inf
     if abs(total - 1.0) > 1e-9:
         raise ValueError(f"{what} must sum to 1, got {total!r}")
 
@@ -160,7 +167,8 @@ class DomainStatistics:
         available_tokens: tokens of those examples, after the prompt template and with the end token; at least 1.
         num_sequences: packed sequences of those examples; 0 when they were not packed.
         path: the file that the domain was read from; "" when it is not known.
-        num_rows: rows of that file, rejected and held-out ones included; 0 when they were not counted.
+        num_rows: rows of that file, rejected and held-out ones included, so at least ``num_examples``; 0 when they
+            were not counted.
     """
 
     num_examples: int
@@ -174,6 +182,10 @@ class DomainStatistics:
             count = getattr(self, what)
             if isinstance(count, bool) or not isinstance(count, int) or count < least:
                 raise ValueError(f"{what} must be a whole number of at least {least}, got {count!r}")
+        if 0 < self.num_rows < self.num_examples:
+            raise ValueError(
+                f"num_rows must be at least num_examples, {self.num_examples}, or 0 for unknown, got {self.num_rows}"
+            )
         if not isinstance(self.path, str):
             raise ValueError(f"path must be a string, got {self.path!r}")
 

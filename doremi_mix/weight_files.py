@@ -6,34 +6,24 @@ notice says which unit that is, as far as the form says it, because domain weigh
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from doremi_mix.conversions import to_token_shares
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import DataError
-from doremi_mix.weight_forms import (
-    NUMBER,
-    Found,
-    blend,
-    from_data,
-    given_twice,
-    is_blend,
-    is_number,
-    named_table,
-    to_number,
-    unnamed_table,
-)
+from doremi_mix.one_reading import load_yaml, parse_json_or_yaml, yaml_problem
+from doremi_mix.types import DomainStatistics
+from doremi_mix.weight_forms import Found, blend, from_data, is_blend, named_table, unnamed_table
+from doremi_mix.weight_numbers import Unit, is_number, is_percentage, to_number
 
 MAX_BYTES = 16 << 20
 """A longer file is data, not weights."""
-
-MAX_YAML_CHARACTERS = 1 << 20  # about 20 seconds of parsing
 
 GIVE = "give a domain_weights.json, or {domain: weight}"
 
@@ -47,12 +37,37 @@ class ReadWeights:
         kind: what the file was read as, for example "official DoReMi".
         notices: what a user must know of the reading, one sentence each; none for a file of ours.
         domain_weights: all that the file says, when it is one of ours; otherwise None.
+        unit: what the weights are shares of: "tokens", or "examples" where the form says so.
     """
 
     weights: Mapping[str, float]
     kind: str
     notices: tuple[str, ...] = ()
     domain_weights: DomainWeights | None = None
+    unit: Unit = "tokens"
+
+    def to_domain_weights(self, corpus: Mapping[str, DomainStatistics] | None = None) -> DomainWeights:
+        """Returns the weights as ours, with what is known of the corpus.
+
+        Args:
+            corpus: what there is of each of the domains, and perhaps of others.  Shares of examples become shares of
+                tokens by it; without it, they are taken as they are.
+
+        Raises:
+            DataError: the corpus knows nothing of a domain.
+        """
+        uniform = dict.fromkeys(self.weights, 1 / len(self.weights))
+        weights = self.domain_weights or DomainWeights(self.weights, uniform, method=self.kind)
+        if corpus is None:
+            return weights
+        for name in self.weights:
+            if name not in corpus:
+                raise DataError(f"the corpus knows nothing of domain {name!r}; give the corpus of these domains")
+        known = {name: corpus[name] for name in self.weights}
+        if self.unit == "examples":
+            lengths = {name: Fraction(s.available_tokens, s.num_examples) for name, s in known.items()}
+            return replace(weights, domain_weights=to_token_shares(self.weights, lengths), corpus=known)
+        return replace(weights, corpus=known)
 
 
 def read_weights(path: Path) -> ReadWeights:
@@ -142,7 +157,7 @@ def _find(text: str) -> Found | DomainWeights:
     if table is not None:
         return table
     if text.lstrip().startswith(("{", "[")):
-        return _from_parsed(*_parse_json_or_yaml(text))
+        return _from_parsed(*parse_json_or_yaml(text))
     tokens = text.split()
     if is_blend(tokens):
         if all(is_number(token) for token in tokens[1::2]):
@@ -150,13 +165,13 @@ def _find(text: str) -> Found | DomainWeights:
         return blend(tokens)
     problem = ""
     try:
-        data = _load_yaml(text)
+        data = load_yaml(text)
         if isinstance(data, dict | list):
             return _from_parsed(data, "YAML")
         if isinstance(data, str) and is_blend(data.split()):
             return blend(data.split())
     except yaml.YAMLError as error:
-        problem = f" ({_yaml_problem(error)})"
+        problem = f" ({yaml_problem(error)})"
     table = unnamed_table(text)
     if table is not None:
         return table
@@ -165,75 +180,10 @@ def _find(text: str) -> Found | DomainWeights:
 
 def _from_parsed(data: Any, language: str) -> Found | DomainWeights:
     """Takes the weights from parsed JSON or YAML."""
-    ours = isinstance(data, dict) and "format" in data and not is_number(data["format"])
+    # Of other programs, "format" is a domain, with a number.
+    named = data.get("format") if isinstance(data, dict) else None
+    ours = isinstance(named, str) and not is_number(named) and not is_percentage(named)
     return DomainWeights.from_dict(data) if ours else from_data(data, language)
-
-
-def _parse_json_or_yaml(text: str) -> tuple[Any, str]:
-    """Parses text that begins like JSON; YAML's flow style begins so too."""
-    try:
-        return json.loads(text, object_pairs_hook=_once), "JSON"
-    except json.JSONDecodeError as error:
-        problem = ValueError(f"is not JSON ({error})")
-    try:
-        return _load_yaml(text), "YAML"
-    except (yaml.YAMLError, _TooLongError):
-        raise problem from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object whose keys are given once."""
-    data: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in data:
-            raise ValueError(given_twice(name))
-        data[name] = value
-    return data
-
-
-class _TooLongError(ValueError):
-    """Text that YAML would take minutes for."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose keys are text as written (``NO``, ``1e5``), given once, and whose numbers have one meaning."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        names = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
-            if key.value in names:
-                raise ValueError(given_twice(key.value))
-            names.add(key.value)
-        self.flatten_mapping(node)  # "<<"
-        return {key.value: self.construct_object(value, deep=deep) for key, value in node.value}
-
-    def construct_plain(self, node: Any) -> Any:
-        """Returns a number where every reader takes the text for the same number, and otherwise the text."""
-        text: str = node.value
-        if node.style is None and NUMBER.fullmatch(text):
-            return int(text) if text.lstrip("+-").isdigit() and len(text) < 100 else float(text)
-        if node.tag.endswith(":float") and text.lower().endswith((".inf", ".nan")):
-            return float(text.replace(".", ""))
-        return text
-
-
-for _tag in ("int", "float", "str", "timestamp"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_plain)
-
-
-def _load_yaml(text: str) -> Any:
-    if len(text) > MAX_YAML_CHARACTERS:
-        raise _TooLongError(f"is no JSON, and longer than the {MAX_YAML_CHARACTERS >> 20} MB that are read as YAML")
-    return yaml.load(text, Loader=_Loader)
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Returns what YAML found, and where, in one line."""
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-    mark = getattr(error, "problem_mark", None)
-    return f"{problem}: line {mark.line + 1}" if mark else str(problem)
 
 
 def _normalize(found: Found) -> ReadWeights:
@@ -253,14 +203,15 @@ def _normalize(found: Found) -> ReadWeights:
     total = sum(numbers.values(), Fraction(0))
     if total == 0:
         raise ValueError("no weight is above 0")
-    notices = [f"read as {found.kind}: {found.unit}", *found.notices]
+    notices = [f"read as {found.kind}: {found.meaning}", *found.notices]
     if abs(total - 1) > Fraction(1, 10**9):
         unit = " (percent)" if True in signs or abs(total - 100) < Fraction(1, 10**6) else ""
         shown = f"{float(total):.12g}" if total < 10**300 else "more than 1e300"
         notices.append(f"the weights sum to {shown}{unit}, not to 1, and were divided by that")
     else:
         total = Fraction(1)  # as they stand, to the last bit
-    return ReadWeights({name: float(number / total) for name, number in numbers.items()}, found.kind, tuple(notices))
+    shares = {name: float(number / total) for name, number in numbers.items()}
+    return ReadWeights(shares, found.kind, tuple(notices), unit=found.unit)
 
 
 def _check_name(name: str) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Any
+
+from doremi_mix.weight_numbers import Unit, cell, given_twice, is_number, listed, short, to_number
 
 MAX_DOMAINS = 100_000
 
@@ -24,9 +25,7 @@ TABLE_COLUMNS = ("name", "weight", "token_share", "example_share", "tokens", "ex
 FORMULA_STARTS = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t", "\r", "\n", "'")
 """Names that start so get a ``'`` before them in our CSV, or a spreadsheet would take them for formulas."""
 
-NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-"""Decimal numbers; not what readers of YAML disagree on (leading zeros, ``1:30``, ``1_000``, ``0x10``)."""
-
+_AS_THEY_ARE = "not of tokens; they are taken as they are, unless a corpus converts them"
 UNSAID = "the file does not say in which unit; they are taken for shares of tokens"
 
 _TOKENS = "shares of tokens"
@@ -49,11 +48,13 @@ _WEIGHT_COLUMNS = {
     "percentage": UNSAID,
     "tokens": "numbers of tokens",
     "num_tokens": "numbers of tokens",
-    "example_share": "shares of examples, not of tokens; they are taken as they are",
-    "examples": "numbers of examples, not of tokens; they are taken as they are",
+    "example_share": f"shares of examples, {_AS_THEY_ARE}",
+    "examples": f"numbers of examples, {_AS_THEY_ARE}",
     "count": UNSAID,
 }
+_EXAMPLE_COLUMNS = ("example_share", "examples")
 _OLMIX_KEYS = ("weight", "repetition_factor")
+_OLMO_CAPS = ("max_repetition_ratio", "max_source_fraction")
 _SUFFIX = re.compile(r"(?<=.)_text_(document|sentence)$")
 
 
@@ -63,15 +64,17 @@ class Found:
 
     Attributes:
         kind: what the file was read as.
-        unit: what its numbers are, as far as the form says it.
+        meaning: what its numbers are, as far as the form says it.
         weights: numbers, or what stands in their place, by domain.
         notices: what else a user must know.
+        unit: what they are taken for shares of.
     """
 
     kind: str
-    unit: str
+    meaning: str
     weights: Mapping[str, Any]
     notices: tuple[str, ...] = ()
+    unit: Unit = "tokens"
 
 
 def from_data(data: Mapping[str, Any] | list[Any], language: str) -> Found:
@@ -100,6 +103,15 @@ def from_data(data: Mapping[str, Any] | list[Any], language: str) -> Found:
     return Found(f"{{domain: weight}} in {language}", UNSAID, data)
 
 
+def _ours_without_format(data: Mapping[str, Any]) -> Found | None:
+    weights = data.get("domain_weights")
+    if not isinstance(weights, dict):
+        return None
+    others = [key for key in data if key != "domain_weights"]
+    notices = (f"of its keys only 'domain_weights' was read, not {listed(others)}",) if others else ()
+    return Found("domain_weights without a format", UNSAID, weights, notices)
+
+
 def _official(data: Mapping[str, Any]) -> Found | None:
     train = data.get("train_domain_weights")
     if not isinstance(train, dict):
@@ -121,7 +133,7 @@ def _levanter(data: Mapping[str, Any]) -> Found | None:
     for stage in weights:
         step, of_stage = stage if isinstance(stage, list) and len(stage) == 2 else (None, None)
         if isinstance(step, bool) or not isinstance(step, int) or not isinstance(of_stage, dict):
-            raise ValueError(f"a stage of train_weights must be [step, {{domain: weight}}], got {_short(stage)}")
+            raise ValueError(f"a stage of train_weights must be [step, {{domain: weight}}], got {short(stage)}")
         starts.append(step)
     if not starts or starts != sorted(set(starts)):
         raise ValueError(f"the stages of train_weights must start at rising steps, got {starts}")
@@ -141,7 +153,17 @@ def _olmix(data: Mapping[str, Any]) -> Found | None:
     weights: dict[str, Any] = {}
     for name, node in mix.items():
         _add_leaves(name, node, Fraction(1), weights)
-    return Found("olmix mix", _TOKENS, weights)
+    capped = any(_has_key(node, "repetition_factor") for node in mix.values())
+    return Found("olmix mix", _TOKENS, weights, _dropped_caps(["repetition_factor"] if capped else []))
+
+
+def _has_key(node: Any, key: str) -> bool:
+    return isinstance(node, dict) and (key in node or any(_has_key(child, key) for child in node.values()))
+
+
+def _dropped_caps(keys: Sequence[str]) -> tuple[str, ...]:
+    """Says which limits of single domains do not come with the weights."""
+    return (f"its caps on single domains ({', '.join(keys)}) were not read; one max_epochs caps all",) if keys else ()
 
 
 def _add_leaves(name: str, node: Any, factor: Fraction, weights: dict[str, Any]) -> None:
@@ -173,14 +195,16 @@ def _olmo(data: Mapping[str, Any]) -> Found | None:
         if name in weights:
             raise ValueError(given_twice(name))
         weights[name] = source["target_ratio"]
-    return Found("source mixture of OLMo-core", _TOKENS, weights)
+    caps = [key for key in _OLMO_CAPS if any(key in source for source in sources)]
+    return Found("source mixture of OLMo-core", _TOKENS, weights, _dropped_caps(caps))
 
 
 def _lingua(data: Mapping[str, Any]) -> Found | None:
     inner = data.get("data", data)
     sources = inner.get("sources") if isinstance(inner, dict) else None
-    unit = "shares of documents, not of tokens; they are taken as they are"
-    return Found("sources of lingua", unit, sources) if isinstance(sources, dict) else None
+    if not isinstance(sources, dict):
+        return None
+    return Found("sources of lingua", f"shares of documents, {_AS_THEY_ARE}", sources, unit="examples")
 
 
 def _splits(data: Mapping[str, Any]) -> Found | None:
@@ -194,13 +218,14 @@ def _splits(data: Mapping[str, Any]) -> Found | None:
         if not isinstance(items, list):
             continue
         if not is_blend(items):
-            raise ValueError(f'"{key}" must be a blend, weight and prefix by turns, got {_short(value)}')
+            raise ValueError(f'"{key}" must be a blend, weight and prefix by turns, got {short(value)}')
         others = [split for split in data if split != key and data[split]] if key == "train" else []
-        return blend(items, (f"only its training split was read, not {_listed(others)}",) if others else ())
+        return blend(items, (f"only its training split was read, not {listed(others)}",) if others else ())
     return None
 
 
 _FORMS: tuple[Callable[[Mapping[str, Any]], Found | None], ...] = (
+    _ours_without_format,
     _official,
     _levanter,
     _olmix,
@@ -220,15 +245,6 @@ def is_blend(items: Sequence[Any]) -> bool:
     )
 
 
-def is_number(value: Any) -> bool:
-    """Says whether Megatron takes a value for a weight."""
-    try:
-        float(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return not isinstance(value, bool)
-
-
 def blend(items: Sequence[Any], notices: tuple[str, ...] = ()) -> Found:
     """Reads weights and prefixes by turns; a domain is called as the last part of its prefix.
 
@@ -240,7 +256,7 @@ def blend(items: Sequence[Any], notices: tuple[str, ...] = ()) -> Found:
     for weight, prefix in zip(items[::2], items[1::2], strict=True):
         name = _SUFFIX.sub("", PurePosixPath(prefix.strip()).name)
         if name in prefixes:
-            both = _listed([prefixes[name], prefix])
+            both = listed([prefixes[name], prefix])
             raise ValueError(f"domains are called as the last part of their prefix, and {name!r} ends two, {both}")
         prefixes[name] = prefix
         weights[name] = float(weight) if isinstance(weight, str) else weight
@@ -273,10 +289,10 @@ def _records(data: list[dict[str, Any]]) -> Found:
     """Reads JSON records."""
     header = list(data[0])
     if not (set(header) & set(_NAME_COLUMNS) and set(header) & set(_WEIGHT_COLUMNS)):
-        raise ValueError(f"a record must have a name and a weight, got the keys {_listed(header)}")
+        raise ValueError(f"a record must have a name and a weight, got the keys {listed(header)}")
     for number, row in enumerate(data, 1):
         if row.keys() != set(header):
-            raise ValueError(f"record {number} has the keys {_listed(row)}, and the first one {_listed(header)}")
+            raise ValueError(f"record {number} has the keys {listed(row)}, and the first one {listed(header)}")
     return _table(header, [[row[key] for key in header] for row in data])
 
 
@@ -289,18 +305,19 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Found:
     weights: dict[str, Any] = {}
     for row in rows:
         if len(row) != len(header):
-            raise ValueError(f"the row {_short(list(row))} has {len(row)} cells, and the first line {len(header)}")
+            raise ValueError(f"the row {short(list(row))} has {len(row)} cells, and the first line {len(header)}")
         name = row[header.index(name_column)]
         if not isinstance(name, str):
-            raise ValueError(f"the name of a domain must be text, got {_short(name)}")
+            raise ValueError(f"the name of a domain must be text, got {short(name)}")
         name = name.removeprefix("'") if ours else name.strip()
         if name in weights:
             raise ValueError(given_twice(name))
-        weights[name] = _cell(row[header.index(weight_column)])
+        weights[name] = cell(row[header.index(weight_column)])
     others = [column for column in _WEIGHT_COLUMNS if column in header and column != weight_column]
-    notices = (f"the column {weight_column!r} was read, not {_listed(others)}",) if others else ()
-    unit = _WEIGHT_COLUMNS[weight_column]
-    return Found(f"a table with the columns {name_column!r} and {weight_column!r}", unit, weights, notices)
+    notices = (f"the column {weight_column!r} was read, not {listed(others)}",) if others else ()
+    kind = f"a table with the columns {name_column!r} and {weight_column!r}"
+    unit: Unit = "examples" if weight_column in _EXAMPLE_COLUMNS else "tokens"
+    return Found(kind, _WEIGHT_COLUMNS[weight_column], weights, notices, unit)
 
 
 def unnamed_table(text: str) -> Found | None:
@@ -329,7 +346,7 @@ def unnamed_table(text: str) -> Found | None:
         name, number = row if second_is_number else reversed(row)
         if name.strip() in weights:
             raise ValueError(given_twice(name.strip()))
-        weights[name.strip()] = _cell(number)
+        weights[name.strip()] = cell(number)
     return Found("a table of two columns without names", UNSAID, weights)
 
 
@@ -352,53 +369,3 @@ def _without_comments(text: str) -> str:
 def _may_be_number(text: str) -> bool:
     """Says whether somebody may have meant a number, decimal commas included."""
     return re.fullmatch(r"[-+]?[0-9.,]*[0-9][0-9.,]*([eE][-+]?[0-9]+)?\s*%?", text.strip()) is not None
-
-
-def _cell(value: Any) -> Any:
-    """Returns the number that stands in a cell, or what else stands there."""
-    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value.strip()) else value
-
-
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
-def to_number(name: str, value: Any) -> tuple[Fraction, bool]:
-    """Returns a weight exactly, and whether it was given with a % sign.
-
-    Args:
-        name: of its domain, for errors.
-        value: the number; text only where it ends in a % sign.
-
-    Raises:
-        ValueError: it is no number, is not finite or is negative.
-    """
-    if isinstance(value, Fraction):
-        return value, False
-    percent = isinstance(value, str) and value.rstrip().endswith("%")
-    number = _cell(value.rstrip().removesuffix("%")) if percent else value
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise ValueError(f"the weight of {name!r} must be a number, got {_short(value)}")
-    try:
-        usable = math.isfinite(number) and number >= 0
-    except OverflowError:  # a whole number beyond float64
-        usable = False
-    if not usable:
-        raise ValueError(f"the weight of {name!r} must be finite and at least 0, got {_short(value)}")
-    return Fraction(number), percent
-
-
-def given_twice(name: str) -> str:
-    """Says that a name stands twice where it must stand once."""
-    return f"{name!r} is given twice, and must be given once"
-
-
-def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _short(value: Any) -> str:
-    """Returns a value for a message."""
-    if value is None or isinstance(value, dict):
-        return "nothing" if value is None else "an object"
-    text = repr(value) if not isinstance(value, list) or len(value) < 8 else f"a list of {len(value)}"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,5 +1,6 @@
 """Domain weights in other units, and as counts under a budget."""
 
+import json
 import re
 import subprocess
 import sys
@@ -154,6 +155,39 @@ def test_counts_are_those_of_the_exporters_and_keep_the_cap(weights, part, unit)
     assert all(counts[name] <= 2 * statistics.num_examples for name, statistics in weights.corpus.items())
     if unit == "examples":
         assert sum(counts.values()) == budget
+
+
+def test_a_file_of_any_pipeline_is_read(tmp_path):
+    path = tmp_path / "weights"
+    path.write_text(json.dumps(WEIGHTS.to_dict()), encoding="utf-8")
+    assert DomainWeights.read(path) == DomainWeights.read(str(path)) == WEIGHTS
+    other = {name: replace(statistics, num_sequences=1) for name, statistics in CORPUS.items()}
+    assert DomainWeights.read(path, other) == replace(WEIGHTS, corpus=other)
+    path.write_text("alpha: 20\nbeta: 50\ngamma: 30\n", encoding="utf-8")
+    foreign = replace(BARE, method="{domain: weight} in YAML")
+    assert DomainWeights.read(path) == foreign
+    # A corpus may know of more domains than the weights.
+    assert DomainWeights.read(path, {"delta": CORPUS["alpha"], **CORPUS}) == replace(foreign, corpus=CORPUS)
+    text = "the corpus knows nothing of domain 'gamma'; give the corpus of these domains"
+    with pytest.raises(DataError, match=message(text)):
+        DomainWeights.read(path, {name: CORPUS[name] for name in ("alpha", "beta")})
+    with pytest.raises(
+        DataError, match=message(f"{tmp_path}: cannot be read (Is a directory); give a domain_weights.json")
+    ):
+        DomainWeights.read(tmp_path)
+
+
+def test_a_file_of_shares_of_examples_needs_the_corpus(tmp_path):
+    path = tmp_path / "weights.csv"
+    path.write_text("name,example_share\nalpha,0.4\nbeta,0.5\ngamma,0.1\n", encoding="utf-8")
+    with pytest.raises(
+        DataError, match=message(f"{path}: holds shares of examples, not of tokens; give a corpus, which converts them")
+    ):
+        DomainWeights.read(path)
+    # 0.4 x 5, 0.5 x 10 and 0.1 x 20 tokens.
+    read = DomainWeights.read(path, CORPUS)
+    assert read.domain_weights == pytest.approx({"alpha": 2 / 9, "beta": 5 / 9, "gamma": 2 / 9})
+    assert read.to_probabilities("examples") == pytest.approx({"alpha": 0.4, "beta": 0.5, "gamma": 0.1})
 
 
 def test_the_methods_load_nothing_that_they_do_not_need():

@@ -48,14 +48,14 @@ def weights_json(tmp_path):
 def test_the_stage_writes_every_format_with_what_to_expect(run_dir):
     result = invoke("export", "--run-dir", run_dir, "--set", "export.formats=[trl,csv,llama-factory]")
     assert result.exit_code == 0, result.stderr
-    exports = json.loads((run_dir / "export" / "exports.json").read_text())
+    exports = json.loads((run_dir / "export" / "exports.json").read_text())["formats"]
     assert list(exports) == ["trl", "csv", "llama-factory"]
     allocation = json.loads((run_dir / "mixture" / "allocation.json").read_text())
     for name, written in exports.items():
         assert written["usage"]
         for path in written["files"]:
             assert (run_dir / "export" / path).stat().st_size > 0
-        expected = json.loads((run_dir / "export" / name / "expected.json").read_text())
+        expected = json.loads((run_dir / "export" / name / f"{name}.expected.json").read_text())
         assert expected["budget"] == allocation["token_budget"] == 5000
         # The same tokens of each domain as the run's own mixture was allocated.
         assert {n: d["tokens"] for n, d in expected["domains"].items()} == {
@@ -81,19 +81,42 @@ def test_the_stage_writes_the_rows_that_are_trained_on(run_dir, corpus):
         documents = store.document_ids(number)
         held_out = store.example_held_out[documents.start : documents.stop]
         assert held_out.any()
-        assert rows == [row for row, out in zip(source, held_out, strict=True) if not out]
+        trained_on = [row for row, out in zip(source, held_out, strict=True) if not out]
+        alpaca = [{key: row[key] for key in ("instruction", "input", "output")} for row in rows]
+        assert sorted(alpaca, key=str) == sorted(trained_on, key=str)
+        assert alpaca != trained_on, "programs that take the first rows must not get those of one kind"
+        for row in rows:
+            assert list(row) == ["instruction", "input", "output", "system", "messages", "domain"]
+            assert row["messages"] == [
+                {"role": "user", "content": row["instruction"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
         assert any(entry["file_name"] == str(path) for entry in info.values())
 
 
 def test_exports_are_written_anew_when_the_verdict_is_known(run_dir):
     assert invoke("export", "--run-dir", run_dir, "--format", "csv").exit_code == 0
-    RunDirectory(run_dir).forget("export")
+    RunDirectory(run_dir).outdate("export")
+    assert json.loads(invoke("status", "--run-dir", run_dir, "--json").stdout)["export"] == "outdated"
     weights = run_dir / "weights" / "domain_weights.json"
     data = json.loads(weights.read_text())
     weights.write_text(json.dumps({**data, "verdict": {"kind": "better", "sentence": "it helps", "best": "learned"}}))
     result = invoke("export", "--run-dir", run_dir)
     assert "verdict: it helps" in result.stderr
-    assert json.loads((run_dir / "export" / "csv" / "expected.json").read_text())["verdict"] == "it helps"
+    assert json.loads((run_dir / "export" / "csv" / "csv.expected.json").read_text())["verdict"] == "it helps"
+
+
+def test_other_weights_than_the_learned_ones_do_not_get_their_verdict(run_dir):
+    (run_dir / "compare").mkdir()
+    results = {"verdict": "natural is better", "pairs": []}
+    (run_dir / "compare" / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    result = invoke("export", "--run-dir", run_dir, "--format", "yaml", "--set", "mixture.weights=uniform")
+    assert result.exit_code == 0, result.stderr
+    (text,) = (run_dir / "export" / "yaml").glob("*.yaml")
+    assert (
+        "# Verdict of the comparison: these are not the learned weights, but mixture.weights=uniform; what was found "
+        "of the mixtures that were compared: natural is better\n"
+    ) in text.read_text(encoding="utf-8")
 
 
 def test_the_natural_mixture_is_exported_when_that_is_what_is_drawn(run_dir):
@@ -104,7 +127,7 @@ def test_the_natural_mixture_is_exported_when_that_is_what_is_drawn(run_dir):
     assert result.exit_code == 0, result.stderr
     domains = json.loads((run_dir / "tokenize" / "domains.json").read_text())["domains"]
     total = sum(domain["available_tokens"] for domain in domains)
-    expected = json.loads((run_dir / "export" / "csv" / "expected.json").read_text())
+    expected = json.loads((run_dir / "export" / "csv" / "csv.expected.json").read_text())
     assert expected["budget"] is None
     for domain in domains:
         share = expected["domains"][domain["name"]]["token_share"]
@@ -117,8 +140,12 @@ def test_the_natural_mixture_is_exported_when_that_is_what_is_drawn(run_dir):
         (["--set", "export.formats=[]"], "export.formats is empty; name some, for example: --set export.formats=["),
         (["--format", "trll"], "unknown format 'trll'; did you mean trl?"),
         (["--format", "trl", "--budget", "5"], "--budget does not go with --run-dir; give --set mixture.token_budget"),
-        (["--format", "trl", "--out", "x"], "--out does not go with --run-dir; give one of the two"),
-        (["--format", "trl", "--set", "export.paths=nowhere.yaml"], "nowhere.yaml: cannot be read (No such file"),
+        (["--format", "trl", "--max-epochs", "2"], "--max-epochs does not go with --run-dir; give --set mixture.max"),
+        (["--format", "trl", "--out", "x"], "--out does not go with --run-dir; give another --run-dir"),
+        (
+            ["--format", "trl", "--set", "export.paths=nowhere.yaml"],
+            "paths 'nowhere.yaml': neither a template with {name}",
+        ),
     ],
 )
 def test_what_the_stage_cannot_do_is_one_line(run_dir, arguments, message):
@@ -135,7 +162,7 @@ def test_a_file_of_weights_becomes_one_export(weights_json, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert yaml.safe_load(out.read_text())["datasets"]
     header = [line for line in out.read_text().splitlines() if line.startswith("#")]
-    assert "# Budget: 4,000 tokens; no domain more than 4 times." in header
+    assert "# Budget: 4,000 tokens, planned for at most 4 passes over a domain." in header
     assert "# Verdict of the comparison: natural is better by .1" in header
     expected = json.loads((tmp_path / "mix.yaml.expected.json").read_text())
     assert {name: domain["examples"] for name, domain in expected["domains"].items()} == {
@@ -160,9 +187,65 @@ def test_without_out_the_text_goes_to_stdout(weights_json):
     assert text == result.stdout
 
 
+def test_a_slash_at_the_end_makes_a_folder_with_room_for_several_formats(weights_json, tmp_path):
+    for name in ("trl", "oumi"):
+        result = invoke("export", weights_json, "--format", name, "--out", f"{tmp_path}/new/mix/", "--budget", "4k")
+        assert result.exit_code == 0, result.stderr
+    assert {path.name for path in (tmp_path / "new" / "mix").iterdir()} == {
+        *("trl.yaml", "trl.expected.json", "oumi.yaml", "oumi.expected.json")
+    }
+
+
+def test_what_the_budget_did_is_said(weights_json, tmp_path):
+    result = invoke("export", weights_json, "--format", "megatron", "--budget", "1", "--out", tmp_path / "blend.txt")
+    assert "note: Left out, because nothing of them is to be drawn: short, middle.\n" in result.stderr
+    assert "note: Paths such as tokenized/{name}_text_document are placeholders for data in" in result.stderr
+    result = invoke("export", weights_json, "--format", "trl", "--budget", "15,000", "--max-epochs", "3")
+    assert "note: Cut by the epoch cap: " in result.stderr
+    assert "note: The files have 10 rows that the run rejected, filtered or holds out; they can be drawn, too." in (
+        result.stderr
+    )
+
+
+def test_a_format_comes_beside_those_that_are_there(run_dir):
+    assert invoke("export", "--run-dir", run_dir, "--format", "csv").exit_code == 0
+    result = invoke("export", "--run-dir", run_dir, "--format", "trl", "--json")
+    assert list(json.loads(result.stdout)) == ["csv", "trl"]
+    assert invoke("export", "--run-dir", run_dir, "--set", "export.formats=[trl,trl]", "--json").exit_code == 0
+    assert sorted(path.name for path in (run_dir / "export").glob("*/")) == ["trl"]
+
+
+def test_a_run_that_was_moved_exports_anew(run_dir):
+    invoke("export", "--run-dir", run_dir, "--format", "trl", "--set", "export.data=true")
+    moved = run_dir.rename(run_dir.with_name("moved"))
+    result = invoke("export", "--run-dir", moved)
+    assert (result.exit_code, "up to date" in result.stderr) == (0, False)
+    text = (moved / "export" / "trl" / "trl.yaml").read_text()
+    assert f"{moved}/export/data/fruit.jsonl" in text
+    assert str(run_dir) not in text
+
+
 def test_formats_of_counts_say_which_budget_they_took(weights_json):
     result = invoke("export", weights_json, "--format", "ms-swift")
-    assert "note: no --budget was given; counted for 7,000 tokens" in result.stderr
+    assert "note: No budget was given; 7,000 tokens are one pass over the domains.\n" in result.stderr
+    # What the weights were learned for, as far as the epoch cap goes: three passes over 1,000 + 2,000 + 4,000 tokens.
+    data = json.loads(weights_json.read_text())
+    for learned_for, epochs, counted in (
+        (5000, 4, "5,000 tokens are what the weights were learned for"),
+        (10**9, 3, "21,000 tokens are the most that --max-epochs allows"),
+        (None, 0.5, "3,500 tokens are the most that --max-epochs allows"),
+    ):
+        data["settings"] = {"proxy": {"token_budget": learned_for}}
+        weights_json.write_text(json.dumps(data))
+        result = invoke("export", weights_json, "--format", "ms-swift", "--max-epochs", epochs)
+        assert f"note: No budget was given; {counted}.\n" in result.stderr
+
+
+def test_the_line_to_use_names_the_file_that_was_written(weights_json, tmp_path):
+    result = invoke("export", weights_json, "--format", "trl", "--out", tmp_path / "my mix.yaml")
+    assert f"use it: trl sft --config '{tmp_path}/my mix.yaml'\n" in result.stderr
+    result = invoke("export", weights_json, "--format", "datasets", "--out", tmp_path / "drawn.py")
+    assert "use it: from drawn import build" in result.stderr
 
 
 def test_weights_of_another_pipeline_need_what_there_is_of_each_domain(tmp_path, weights_json, finished_run):
@@ -176,11 +259,7 @@ def test_weights_of_another_pipeline_need_what_there_is_of_each_domain(tmp_path,
     result = invoke("export", foreign, "--format", "ms-swift", "--budget", 4000, "--corpus", weights_json)
     assert result.exit_code == 0, result.stderr
     # 800 / 10, 1200 / 20, 2000 / 40
-    assert [line.rpartition("#")[2].rstrip(" \\'") for line in result.stdout.splitlines() if ".jsonl#" in line] == [
-        "80",
-        "60",
-        "50",
-    ]
+    assert [path.partition("#")[2] for path in yaml.safe_load(result.stdout)["dataset"]] == ["80", "60", "50"]
     result = invoke("export", foreign, "--format", "csv", "--corpus", finished_run)
     assert f"{finished_run}: knows nothing of domain 'short' of {foreign}" in result.stderr
 
@@ -190,15 +269,19 @@ def test_weights_of_another_pipeline_need_what_there_is_of_each_domain(tmp_path,
     [
         ([], "--format NAME is missing; for example: doremi-mix export domain_weights.json --format trl"),
         (
-            ["--format", "trl", "--paths", "nowhere"],
-            "nowhere: cannot be read (No such file or directory); give another",
+            ["--format", "trl", "--paths", "tok/{domain}"],
+            "paths 'tok/{domain}': neither a template with {name}, such as data/{name}.jsonl, nor a file",
         ),
         (
             ["--format", "trl", "--corpus", "nowhere"],
             "nowhere: cannot be read (No such file or directory); give another",
         ),
-        (["--format", "trl", "--out", "no/where/x"], "no/where: no such folder; make it first or choose another --out"),
-        (["--format", "trl", "--budget", "1000000"], "token budget 1,000,000 is impossible: 7,000 tokens in domains"),
+        (["--format", "trl", "--out", ""], "--out is empty; give a file or a folder, or leave it out"),
+        (["--format", "llama-factory", "--out", "x.yaml"], "llama-factory has several files (llama_factory.yaml, "),
+        (["--format", "trl", "--budget", "many"], "'many' is no count; give a whole number of at least 1"),
+        (["--format", "trl", "--max-epochs", "0"], "max_epochs must be finite and above 0, got 0.0; give another one"),
+        (["--format", "trl", "--budget", "1000000"], "budget 1,000,000 is impossible: 7,000 tokens in domains"),
+        (["--format", "trl", "--set", "export.seed=1"], "--set goes with --run-dir; give that, or leave --set out"),
         (["--format", "megatron", "--paths", "/a b/{name}"], "megatron: the path of domain 'short' has a space"),
     ],
 )

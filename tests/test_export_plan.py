@@ -83,6 +83,8 @@ def test_without_a_corpus_examples_are_unknown_unless_said_to_be_equal():
     assert equal.example_shares() == WEIGHTS
     assert equal.counts() == {"short": 2, "middle": 2, "long": 4}
     assert equal.notes == ("The sizes of the domains are not known, so no epoch cap was applied.",)
+    with pytest.raises(ExportError, match=r"not known; say --budget-unit examples, or give --corpus RUN_DIR$"):
+        make_plan(weights_of(WEIGHTS), budget=8, equal_lengths=True).counts()
     with pytest.raises(ExportError, match=r"multipliers of each domain's own size, which are not known"):
         equal.multipliers()
     with pytest.raises(ExportError, match=r"^a budget in examples needs the lengths of examples"):
@@ -94,6 +96,8 @@ def test_the_source_file_has_rows_that_are_not_trained_on():
     source = make_plan(weights_of({"a": 0.5, "b": 0.5}, corpus), budget=1000)
     assert source.multipliers() == {"a": Fraction(50, 125), "b": Fraction(1, 2)}
     assert [domain.path for domain in source.domains] == ["a.json", "b.json"]
+    same = make_plan(weights_of({"a": 0.5, "b": 0.5}, corpus), budget=1000, paths={"a": "./a.json", "b": "x/b"})
+    assert same.multipliers() == {"a": Fraction(50, 125), "b": Fraction(1, 2)}
     other = make_plan(weights_of({"a": 0.5, "b": 0.5}, corpus), budget=1000, paths={"a": "x/a", "b": "x/b"})
     assert other.multipliers() == {"a": Fraction(1, 2), "b": Fraction(1, 2)}
 
@@ -105,7 +109,7 @@ def test_what_no_file_can_hold_is_refused():
         make_plan(weights_of({"a": 0.5, "b": 0.5}), paths={"a": "x", "b": "y\0"})
     with pytest.raises(DataError, match=r"^no path is given for domain 'b'; give one for each domain in --paths$"):
         make_plan(weights_of({"a": 0.5, "b": 0.5}), paths={"a": "x"})
-    with pytest.raises(BudgetError, match=r"^token budget 100,000 is impossible: 7,000 tokens"):
+    with pytest.raises(BudgetError, match=r"^budget 100,000 is impossible: 7,000 tokens"):
         make_plan(weights_of(WEIGHTS, CORPUS), budget=100_000)
 
 

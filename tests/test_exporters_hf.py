@@ -468,8 +468,14 @@ def test_openrlhf_refuses_what_its_list_cannot_hold(path, reason):
 def test_openrlhf_refuses_a_share_that_takes_it_forever():
     weights = two("/d/odd.jsonl", {"plain": 1 - 1e-9, "odd": 1e-9}, sizes=(100, 5000))
     assert refusal("openrlhf", weights) == (
-        "openrlhf: domain 'odd': OpenRLHF draws until every domain was read once, which takes about 5,000,000,000,000 "
+        "openrlhf: domain 'odd': OpenRLHF draws until every domain was read once, which takes more than 100,000,000 "
         "rows for a share of 1e-09 of the examples; leave the domain out, or use --format datasets"
+    )
+    # The smallest float: rows divided by it are more than a float holds.
+    weights = two("/d/odd.jsonl", {"plain": 1.0, "odd": 5e-324}, sizes=(100, 5000))
+    assert refusal("openrlhf", weights).endswith(
+        "takes more than 100,000,000 rows for a share of 4.94e-324 of the examples; leave the domain out, or use "
+        "--format datasets"
     )
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import BudgetError, ExportError
+from doremi_mix.export_files import expectation
 from doremi_mix.exporters import FORMATS, export_plan
 from doremi_mix.exporters.export import ExportedFile
 from doremi_mix.exporters.nemo import passes
@@ -194,7 +195,9 @@ domain_mixture:
         "The largest multiplier is 2 (b).",
         "It takes a loss with reduction sum (MaskedCrossEntropy), and no packing, pipeline or context parallelism; "
         "with validation, one block validation_dataset_NAME for each domain.",
+        "All domains are repeated alike, as often as the recipe's own number of steps asks.",
     )
+    assert result.second == SHARES
 
 
 def test_energon_metadataset():
@@ -226,12 +229,47 @@ splits:
     )
 
 
-def test_objective_weights_are_not_cut_by_the_epoch_cap():
-    result = export("nemo-automodel", budget=3900, max_epochs=1.0)
-    assert make_plan(weights_of(SHARES, CORPUS), budget=3900, max_epochs=1.0).capped
-    text = result.files[0].text
-    assert [line.split()[1] for line in text.splitlines() if "objective_weight:" in line] == ["0.25", "0.5", "0.25"]
-    assert result.notes[-1] == "The epoch cap does not apply: no domain is drawn more often than it has tokens."
+def test_neither_budget_nor_epoch_cap_changes_what_automodel_samples_and_weights():
+    plan = make_plan(weights_of(SHARES, CORPUS), budget=3900, max_epochs=1.0)
+    assert plan.capped == ("a", "b")
+    result = export_plan(FORMATS["nemo-automodel"], plan)
+    free = export("nemo-automodel", budget=None)
+    assert (result.expected, result.second) == (free.expected, free.second)
+    heads, bodies = zip(*(one.files[0].text.split("dataset:\n") for one in (result, free)), strict=True)
+    assert bodies[0] == bodies[1]
+    head = heads[0].splitlines()
+    assert "# Neither the budget of 3,900 tokens nor the epoch cap changes these numbers." in head
+    assert not any(word in heads[0] for word in ("Cut by", "passes over a domain"))
+    assert head[-4:] == [
+        "# Expected shares of the sequences drawn, and of the objective:",
+        "#   a    0.250000  0.250000",
+        "#   b    0.250000  0.500000",
+        "#   c d  0.500000  0.250000",
+    ]
+    entry = expectation(FORMATS["nemo-automodel"], plan, result)
+    assert entry["domains"]["b"] == {
+        "weight": 0.5,
+        "expected_share": 0.25,
+        "objective_share": 0.5,
+        "token_share": 0.25,
+        "example_share": None,
+        "tokens": None,
+        "examples": None,
+        "epochs": None,
+        "path": "data/b.jsonl",
+    }
+    assert (entry["budget"], entry["max_epochs"], entry["capped_domains"]) == (3900, None, [])
+
+
+def test_automodel_refuses_a_budget_that_drops_a_domain():
+    corpus = {"a": DomainStatistics(100, 1000), "b": DomainStatistics(800, 8000), "c": DomainStatistics(100, 1000)}
+    shares = {"a": 0.5, "b": 1e-9, "c": 0.5 - 1e-9}
+    assert export("nemo-automodel", shares, corpus, budget=None).expected == {"a": 0.1, "b": 0.8, "c": 0.1}
+    assert refusal("nemo-automodel", shares=shares, corpus=corpus, budget=1000) == (
+        "nemo-automodel: the budget of 1,000 tokens draws nothing of domain 'b' (1e-09 of the objective), but domains "
+        "are sampled as the corpus has them whatever the budget; raise the budget, leave it out, or give the domain "
+        "weight 0"
+    )
 
 
 def test_refuses_prefixes_that_megatron_would_misread():
@@ -242,16 +280,19 @@ def test_refuses_prefixes_that_megatron_would_misread():
     )
     for name in ("megatron", "megatron-per-split", "nemo", "megatron-bridge", "nemo-automodel"):
         assert refusal(name, paths=paths | {"b": ""}) == (
-            f"{name}: the path of domain 'b' is empty or has spaces around it (''), which Megatron strips; "
-            "give other paths: --paths"
+            f"{name}: the path of domain 'b' is empty; give other paths: --paths"
+        )
+        assert refusal(name, paths=paths | {"b": "/d/b\u2003"}) == (
+            f"{name}: the path of domain 'b', '/d/b\\u2003', has spaces around it, which Megatron strips; give another "
+            "path: --paths"
         )
         assert refusal(name, paths=paths | {"b": "/d/b.idx"}) == (
-            f"{name}: the path of domain 'b' ends in '.idx' ('/d/b.idx'), but Megatron adds .bin and .idx to it; "
-            "give the paths without: --paths"
+            f"{name}: the path of domain 'b', '/d/b.idx', ends in .idx, but Megatron adds .bin and .idx to it; give "
+            "another path: --paths"
         )
-        assert refusal(name, paths=paths | {"b": "/d/a"}) == (
-            f"{name}: domains 'a' and 'b' have one path ('/d/a'), so that Megatron would draw the same samples for "
-            "both; give other paths: --paths"
+        assert refusal(name, paths=paths | {"b": "/d/./a"}) == (
+            f"{name}: domains 'a' and 'b' have the same path '/d/./a', so that both would draw the same data; give "
+            "other paths: --paths"
         )
     assert refusal("nemo", paths=paths | {"b": "${oc.env:HOME}/b"}) == (
         "nemo: the path of domain 'b' has '${' ('${oc.env:HOME}/b'), which NeMo's configuration takes for a reference; "
@@ -260,18 +301,37 @@ def test_refuses_prefixes_that_megatron_would_misread():
 
 
 def test_refuses_what_megatron_bridge_cannot_load():
-    paths = paths_of()
-    assert refusal("megatron-bridge-sft", paths=paths | {"b": "/d/*.json"}) == (
-        "megatron-bridge-sft: the path of domain 'b' ('/d/*.json') is empty or has one of * ? [ ] :: ://, which "
-        "load_dataset takes for a pattern or an address; give other paths: --paths"
+    paths = paths_of("/d/{}.jsonl")
+    assert refusal("megatron-bridge-sft", paths=paths | {"b": "$HOME/b.jsonl"}) == (
+        "megatron-bridge-sft: domain 'b': its path '$HOME/b.jsonl' holds \"$\", after which the datasets library puts "
+        "in the value of an environment variable; give other paths: --paths"
     )
-    assert refusal("megatron-bridge-sft", paths=paths | {"b": "/d/./a"}) == (
-        "megatron-bridge-sft: domains 'a' and 'b' have one path ('/d/./a'), so that their rows cannot be told apart; "
-        "give other paths: --paths"
+    for path in ("/d/b", "/d/b.txt", "/d/b.tsv"):
+        assert refusal("megatron-bridge-sft", paths=paths | {"b": path}) == (
+            f"megatron-bridge-sft: domain 'b': the kind of its file {path!r} is not known, expected .json, .jsonl or "
+            ".ndjson, each also with .gz or .zst, or .parquet, .csv or .arrow; give other paths: --paths"
+        )
+    assert refusal("megatron-bridge-sft", paths=paths | {"b": "/d/./a.jsonl"}) == (
+        "megatron-bridge-sft: domains 'a' and 'b' have the same path '/d/./a.jsonl', so that both would draw the same "
+        "data; give other paths: --paths"
     )
     assert refusal("megatron-bridge-sft", budget=None) == (
         "megatron-bridge-sft: it takes numbers of examples, which need a budget; give --budget"
     )
+
+
+def test_megatron_bridge_reads_files_of_each_kind_and_no_others():
+    """The datasets library itself finds with these arguments the one file, whatever its name."""
+    paths = {"a": "/d/a*.PARQUET", "b": "/d/b[1].csv", "c d": "/d/c.jsonl.gz"}
+    (file,) = written("megatron-bridge-sft", paths=paths).files
+    assert [line.strip() for line in file.text.splitlines() if "path_or" in line or "load_kwargs" in line] == [
+        "path_or_dataset='parquet',",
+        "load_kwargs={'data_files': '/d/a[*].PARQUET'},",
+        "path_or_dataset='csv',",
+        "load_kwargs={'data_files': '/d/b[[]1].csv'},",
+        "path_or_dataset='json',",
+        "load_kwargs={'data_files': '/d/c.jsonl.gz'},",
+    ]
 
 
 def test_refuses_what_automodel_would_change():
@@ -303,12 +363,12 @@ def test_refuses_what_energon_would_not_find():
         "energon: the path of domain 'b' is empty; give other paths: --paths"
     )
     assert refusal("energon", paths=paths | {"b": "s3://x/b"}) == (
-        "energon: the path of domain 'b' ('s3://x/b') has '://' but is no address that Energon knows "
-        "(msc://PROFILE/FOLDER): it would look for a local folder of that name; give other paths: --paths"
+        "energon: the path of domain 'b', 's3://x/b', has '://' but is no address that Energon knows "
+        "(msc://PROFILE/FOLDER): it would look for a local folder of that name; give another path: --paths"
     )
     assert refusal("energon", paths=paths | {"b": "/d//e/../a"}) == (
-        "energon: domains 'a' and 'b' have one path ('/d//e/../a'), so that Energon would draw the same samples for "
-        "both; give other paths: --paths"
+        "energon: domains 'a' and 'b' have the same path '/d//e/../a', so that both would draw the same data; give "
+        "other paths: --paths"
     )
     assert refusal("energon", corpus=None).startswith("energon: it draws whole examples, so that shares of tokens must")
     addresses = {name: f"msc://store/{name}" for name in SHARES}
@@ -348,7 +408,7 @@ def problems(draw):
         name: DomainStatistics(size, size * length) for name, size, length in zip(names, sizes, lengths, strict=True)
     }
     budget = draw(st.none() | st.integers(1000, 10**8))
-    return shares, corpus, budget, draw(st.sampled_from(["{}", "/data/{}", "data/{}_text_document"]))
+    return shares, corpus, budget, draw(st.sampled_from(["{}", "/data/{}", "/data/{}.jsonl", "data/{}_text_document"]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -382,7 +442,8 @@ def test_exports_are_read_back_or_refused(problem, name):
 def test_harmless_names_are_never_refused(problem, name):
     _, corpus, _, _ = problem
     statistics = {f"domain {number}": entry for number, entry in enumerate(corpus.values())}
-    paths = {domain: f"/data/{number}/中文" for number, domain in enumerate(statistics)}
+    ending = ".jsonl" if name == "megatron-bridge-sft" else ""
+    paths = {domain: f"/data/{number}/中文{ending}" for number, domain in enumerate(statistics)}
     shares = {domain: 1 / len(statistics) for domain in statistics}
     budget = min(entry.available_tokens for entry in statistics.values()) * len(statistics)
     result = export(name, shares, statistics, budget, paths=paths)

@@ -1,5 +1,6 @@
 """Exports for Levanter, OLMo-core, Dolma, nanotron, torchtitan, Lingua and the official DoReMi code."""
 
+import ast
 import math
 from collections import Counter
 from fractions import Fraction
@@ -51,6 +52,12 @@ def text_of(name, budget=2000):
     (file,) = export(name, weights_of(SHARES, SIZES), budget=budget).files
     body = [line for line in file.text.splitlines(keepends=True) if not line.startswith("# ")]
     return file.name, "".join(body)
+
+
+def constants(text):
+    """Returns what a Python file assigns literally."""
+    assignments = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assignments}
 
 
 def test_every_format_has_a_reader():
@@ -335,8 +342,7 @@ def test_torchtitan_grain_text():
     weights = weights_of({"a[1]": 0.5, "b": 0.5}, {"a[1]": (9, 9), "b": (9, 9)})
     (file,) = export("torchtitan-grain", weights, seed=3).files
     assert file.name == "torchtitan_grain_mixture.py"
-    constants = torchtitan_grammar.constants(file.text)
-    assert constants == {
+    assert constants(file.text) == {
         "DOMAINS": [("a[1]", "rows/a[[]1].jsonl", 0.5), ("b", "rows/b.jsonl", 0.5)],
         "SEED": 3,
     }
@@ -467,12 +473,7 @@ def test_an_empty_path_is_refused():
         ("marin", "a\\c", "has '\\\\', which Levanter reads as part of a pattern"),
         ("levanter", "a::c", "has '::', which Levanter reads as a chain of file systems"),
         ("torchtitan", "a*", "has '*', which datasets.load_dataset expands as a pattern"),
-        (
-            "torchtitan",
-            "${HOME}",
-            "has '$', which datasets.load_dataset reads as part of a pattern or as a variable",
-        ),
-        ("torchtitan", "a::c", "has '::', which datasets.load_dataset reads as a chain of file systems"),
+        ("torchtitan", "a[1]", "has '[', which datasets.load_dataset reads as part of a pattern"),
     ],
 )
 def test_names_that_make_a_path_a_pattern_are_refused(name, domain, message):
@@ -500,6 +501,62 @@ def test_paths_that_a_program_misreads_are_refused(name, path, message):
     assert refusal(name, two("a"), paths={"a": path, "b": "tok/b.npy"}) == (
         f"{name}: the path of domain 'a', {path!r}, {message}; give another path: --paths"
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "${HOME}/a.jsonl",
+            'holds "$", after which the datasets library puts in the value of an environment variable',
+        ),
+        ("a::c.jsonl", 'holds "::", at which the datasets library divides a path into the parts of an address'),
+    ],
+)
+def test_torchtitan_refuses_what_the_datasets_library_expands(path, message):
+    assert refusal("torchtitan", two("a"), paths={"a": path, "b": "b.csv"}) == (
+        f"torchtitan: domain 'a': its path {path!r} {message}; give other paths: --paths"
+    )
+
+
+def test_torchtitan_names_the_reader_of_each_kind_of_file():
+    paths = {"a": "rows/a.CSV", "b": "rows/*.parquet"}
+    (file,) = export("torchtitan", two("a"), paths=paths).files
+    assert constants(file.text)["DOMAINS"] == [
+        ("a", "csv", "rows/a.CSV", 0.5),
+        ("b", "parquet", "rows/*.parquet", 0.5),
+    ]
+    assert refusal("torchtitan", two("a"), paths=paths | {"a": "rows/a.txt"}) == (
+        "torchtitan: domain 'a': the kind of its file 'rows/a.txt' is not known, expected .json, .jsonl or .ndjson, "
+        "each also with .gz or .zst, or .parquet, .csv or .arrow; give other paths: --paths"
+    )
+
+
+@pytest.mark.parametrize("name", ["torchtitan", "torchtitan-grain", "levanter", "marin"])
+@pytest.mark.parametrize("path", ["d/a*.jsonl", "d/?b.jsonl", "d/[ab].jsonl", "d/nowhere.jsonl"])
+def test_the_readers_see_a_path_that_opens_other_files(name, path):
+    """So that a path which is written as it stands, although the program expands it, does not pass for right."""
+    (file,) = export(name, two("a"), paths={"a": "d/ab.jsonl", "b": "d/b.jsonl"}).files
+    sizes = {"d/ab.jsonl": 3, "d/b.jsonl": 3, "d/bb.jsonl": 3, "d/a.jsonl": 3, "d/abc.jsonl": 3, "d/abb.jsonl": 3}
+    assert READERS[name]({file.name: file.text}, sizes)
+    text = file.text.replace("d/ab.jsonl", path)
+    assert text != file.text
+    with pytest.raises((ValueError, AssertionError, FileNotFoundError)):
+        READERS[name]({file.name: text}, sizes)
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("a{b,{c,d}}", ["ab", "ac", "ad"]),
+        ("x{08..10}y", ["x08y", "x09y", "x10y"]),
+        ("{a..c}", ["a", "b", "c"]),
+        ("{a}\\b", ["{a}b"]),
+        ("{,a}", ["", "a"]),
+    ],
+)
+def test_braces_are_expanded_as_levanter_expands_them(text, paths):
+    assert levanter_grammar.expand_braces(text) == paths
 
 
 def test_a_pattern_that_was_meant_is_let_through():

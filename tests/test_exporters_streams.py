@@ -85,7 +85,9 @@ def test_every_program_draws_exactly_the_counts(pairs):
         read = READERS[name]({file.name: file.text for file in export.files}, rows)
         assert read == {domain.path: domain.examples for domain in plan.domains}
         assert export.num_drawn == sum(counts)
-        assert export.expected == {f"d{i}": count / sum(counts) for i, count in enumerate(counts)}
+        assert sum(export.expected.values()) == 1.0
+        for i, count in enumerate(counts):
+            assert export.expected[f"d{i}"] == pytest.approx(count / sum(counts), rel=1e-15, abs=1.2e-16)
 
 
 def test_data_juicer_refuses_what_its_arithmetic_cannot_hold():
@@ -117,7 +119,7 @@ def test_the_header_says_what_is_drawn(name):
     _, export = make(name)
     [file] = export.files
     assert "# Each number is a number of examples to draw.\n" in file.text
-    expected = "# Expected shares of the examples drawn of 630, and of the tokens:\n#   alpha   0.380952  0.200000\n"
+    expected = "# Expected shares of the 630 examples drawn, and of the tokens:\n#   alpha   0.380952  0.200000\n"
     assert expected in file.text
 
 
@@ -276,6 +278,7 @@ process: []
         ("ray", "a;", "ends with a semicolon, which Ray drops"),
         ("data-juicer", "a*", "has *, which Data-Juicer's reader takes for a pattern or a protocol"),
         ("data-juicer", "a::b", "has ::, which Data-Juicer's reader takes for a pattern or a protocol"),
+        ("data-juicer", "$HOME/a", "has $, which Data-Juicer's reader takes for an environment variable"),
     ],
 )
 def test_paths_that_would_be_misread_are_refused(name, path, message):

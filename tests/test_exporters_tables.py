@@ -234,9 +234,9 @@ def test_yaml():
     assert made.files[0].text == (
         "# Domain weights for scripts (flat YAML), written by doremi_mix.\n"
         "# Each number is a share of what is drawn.\n"
-        "# Budget: 1,200 tokens; no domain more than 4 times.\n"
-        "# Left out, because nothing of them is to be drawn: code.\n"
         "# Verdict of the comparison: Learned is worse than natural.\n"
+        "# Budget: 1,200 tokens, planned for at most 4 passes over a domain.\n"
+        "# Left out, because nothing of them is to be drawn: code.\n"
         f"# {ZEROS}\n"
         "# Expected shares of the tokens drawn:\n"
         "#   dolly  0.250000\n"

@@ -3,6 +3,7 @@
 import collections
 import pickle
 import re
+import sys
 
 import datasets
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader
 
 from doremi_mix.domain_weights import DomainWeights
-from doremi_mix.errors import BudgetError, DataError
+from doremi_mix.errors import BudgetError, ConfigError, DataError
 from doremi_mix.loading import MixtureSampler, draw_counts, interleave, mixture_indices
 from doremi_mix.mixture import draw_examples
 from doremi_mix.types import DomainStatistics
@@ -154,6 +155,59 @@ def test_streams_without_a_budget_end_before_their_shares_are_wrong():
     assert drawn["gamma"] == 100
     assert drawn["beta"] / len(rows) == pytest.approx(10 / 21, abs=0.06)
     assert counted(WEIGHTS.interleave(streams(), max_epochs=0.5, seed=1))["gamma"] == 50
+
+
+@pytest.mark.parametrize("features", [None, datasets.Features({"row": datasets.Value("int64")})])
+@pytest.mark.parametrize("budget", [None, BUDGET])
+def test_a_stream_without_rows(features, budget):
+    given = {**streams(), "beta": datasets.IterableDataset.from_generator(lambda: iter(()), features=features)}
+    text = "domain 'beta' has weight 0.5 but no examples; give it some, or give it weight 0"
+    with pytest.raises(DataError, match=message(text)):
+        WEIGHTS.interleave(given, budget=budget)
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    text = "interleave needs the package datasets, which is not installed; run: pip install 'doremi-mix[datasets]'"
+    with pytest.raises(ConfigError, match=message(text)):
+        WEIGHTS.interleave(TABLES)
+
+
+def test_a_part_of_a_pass_without_a_budget():
+    assert draw_counts(WEIGHTS, SIZES, max_epochs=0.5) == {name: size // 2 for name, size in SIZES.items()}
+    # Half of 5,005 tokens, of 3,000 and of 1,020: caps of 500, 150 and 25 examples, rounded down.
+    odd = {"alpha": 1001, "beta": 300, "gamma": 51}
+    assert draw_counts(WEIGHTS, odd, max_epochs=0.5) == {"alpha": 500, "beta": 150, "gamma": 25}
+    assert counted(interleave(TABLES, WEIGHTS, max_epochs=0.1)) == {"alpha": 100, "beta": 30, "gamma": 5}
+    for wrong in (0, -1.0, float("nan"), float("inf")):
+        for given in (TABLES, streams()):
+            with pytest.raises(
+                BudgetError, match=message(f"max_epochs must be finite and above 0, got {wrong}; change it")
+            ):
+                interleave(given, WEIGHTS, max_epochs=wrong)
+
+
+@pytest.mark.parametrize("budget", [None, BUDGET])
+def test_a_unit_that_is_not(budget):
+    text = message('unit must be "tokens" or "examples", got \'foo\'')
+    with pytest.raises(ValueError, match=text):
+        WEIGHTS.sampler(SIZES, unit="foo", budget=budget)
+    for given in (TABLES, streams()):
+        with pytest.raises(ValueError, match=text):
+            WEIGHTS.interleave(given, unit="foo", budget=budget)
+
+
+def test_whole_numbers_of_numpy():
+    sizes = {name: np.int64(size) for name, size in SIZES.items()}
+    sampler = MixtureSampler(sizes, WEIGHTS, budget=np.int64(BUDGET), seed=np.int64(3), num_replicas=np.int32(1))
+    plain = MixtureSampler(SIZES, WEIGHTS, budget=BUDGET, seed=3)
+    assert list(sampler) == list(plain)
+    assert sampler.state_dict() == plain.state_dict()
+    assert {type(count) for count in sampler.counts.values()} == {int}
+    for wrong in (10.5, "10", None):
+        text = f"domain 'beta': its size must be a whole number of examples, got {wrong!r}; give len(dataset)"
+        with pytest.raises(DataError, match=message(text)):
+            MixtureSampler({**SIZES, "beta": wrong}, WEIGHTS)
 
 
 def test_streams_of_which_only_shares_are_known():

@@ -107,8 +107,9 @@ def _bounds(ids):
     return ids.start, ids.stop
 
 
-# What learn runs; compare is asked for.
-RUN_STAGES = [name for name in STAGE_NAMES if name not in ("analyze", "filter", "compare", "finetune", "evaluate")]
+# What learn runs; the others are asked for.
+ASKED_FOR = ("analyze", "filter", "compare", "export", "finetune", "evaluate")
+RUN_STAGES = [name for name in STAGE_NAMES if name not in ASKED_FOR]
 
 
 def manifests(run_dir):

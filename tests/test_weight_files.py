@@ -25,6 +25,13 @@ SEQUENCES = "shares of fixed-length sequences, which are shares of tokens"
 LAST_PART = "domains are called as the last part of their prefix"
 
 
+AS_THEY_ARE = "not of tokens; they are taken as they are, unless a corpus converts them"
+
+
+def not_read(caps):
+    return f"its caps on single domains ({caps}) were not read; one max_epochs caps all"
+
+
 def summed(total):
     return f"the weights sum to {total}, not to 1, and were divided by that"
 
@@ -81,6 +88,30 @@ READINGS = {
         {"format": 0.5, "data": 0.25, "mix": 0.25},
         [f"read as {{domain: weight}} in JSON: {UNSAID}"],
     ),
+    "a domain called format, in percent": (
+        '{"format": "20%", "text": "80%"}',
+        {"format": 0.2, "text": 0.8},
+        [f"read as {{domain: weight}} in JSON: {UNSAID}", summed("100 (percent)")],
+    ),
+    "a node called format": (
+        "format: {weight: 0.25}\ntext: {weight: 0.75}\n",
+        {"format": 0.25, "text": 0.75},
+        ["read as olmix mix: shares of tokens"],
+    ),
+    "ours, without a format": (
+        '{"domain_weights": {"a": 0.25, "b": 0.75}}',
+        {"a": 0.25, "b": 0.75},
+        [f"read as domain_weights without a format: {UNSAID}"],
+    ),
+    "ours, without a format, with more": (
+        '{"unit": "tokens", "domain_weights": {"a": 1, "b": 3}, "note": ""}',
+        {"a": 0.25, "b": 0.75},
+        [
+            f"read as domain_weights without a format: {UNSAID}",
+            "of its keys only 'domain_weights' was read, not 'unit', 'note'",
+            summed(4),
+        ],
+    ),
     "YAML's words, as names": (
         "NO: 0.25\n1e5: 0.125\n2024-01-01: 0.125\n~: 0.25\n'x: y': 2.5e-1\n",
         {"NO": 0.25, "1e5": 0.125, "2024-01-01": 0.125, "~": 0.25, "x: y": 0.25},
@@ -120,10 +151,10 @@ READINGS = {
         "      weight: 0.5\n      high: {weight: 0.25}\n      low: 0.75\n    math: {weight: 0.5}\n"
         "  wiki: {weight: 0.25, repetition_factor: 1.5}\n",
         {"dclm:code:high": 0.09375, "dclm:code:low": 0.28125, "dclm:math": 0.375, "wiki": 0.25},
-        ["read as olmix mix: shares of tokens"],
+        ["read as olmix mix: shares of tokens", not_read("repetition_factor")],
     ),
     "olmix, flat and alone": (
-        "dclm:code: {weight: 0.5, repetition_factor: 1}\nwiki: {weight: 0.5}\n",
+        "dclm:code: {weight: 0.5}\nwiki: {weight: 0.5}\n",
         {"dclm:code": 0.5, "wiki": 0.5},
         ["read as olmix mix: shares of tokens"],
     ),
@@ -181,11 +212,20 @@ READINGS = {
         {"a": 0.25, "b": 0.75},
         ["read as source mixture of OLMo-core: shares of tokens"],
     ),
+    "OLMo-core, with caps": (
+        "sources:\n- {source_name: a, target_ratio: 0.25, max_source_fraction: 0.5}\n"
+        "- {source_name: b, target_ratio: 0.75, max_repetition_ratio: 4.0}\n",
+        {"a": 0.25, "b": 0.75},
+        [
+            "read as source mixture of OLMo-core: shares of tokens",
+            not_read("max_repetition_ratio, max_source_fraction"),
+        ],
+    ),
     "lingua": (
         "data: {root_dir: ., sources: {a: 80.0, b: 20.0}}\n",
         {"a": 0.8, "b": 0.2},
         [
-            "read as sources of lingua: shares of documents, not of tokens; they are taken as they are",
+            f"read as sources of lingua: shares of documents, {AS_THEY_ARE}",
             summed("100 (percent)"),
         ],
     ),
@@ -201,8 +241,7 @@ READINGS = {
         "# from somewhere, weight of name\nsource\texamples\na\t10\nb\t30\n",
         {"a": 0.25, "b": 0.75},
         [
-            "read as a table with the columns 'source' and 'examples': numbers of examples, not of tokens; they are "
-            "taken as they are",
+            f"read as a table with the columns 'source' and 'examples': numbers of examples, {AS_THEY_ARE}",
             summed(40),
         ],
     ),
@@ -255,7 +294,25 @@ def test_every_form(text, weights, notices):
     assert list(read.notices) == notices
     assert notices[0].startswith(f"read as {read.kind}: ")
     assert read.domain_weights is None
+    assert read.unit == ("examples" if AS_THEY_ARE in notices[0] else "tokens")
     assert math.fsum(read.weights.values()) == pytest.approx(1, abs=1e-9)
+
+
+def test_shares_of_examples_become_shares_of_tokens_by_the_corpus():
+    corpus = {"a": DomainStatistics(10, 300), "b": DomainStatistics(10, 100), "c": DomainStatistics(1, 1)}
+    read = parse_weights("name,example_share\na,0.25\nb,0.75\n")
+    assert read.to_domain_weights(corpus).domain_weights == {"a": 0.5, "b": 0.5}
+    assert read.to_domain_weights().domain_weights == {"a": 0.25, "b": 0.75}
+    # Shares of tokens stay.
+    read = parse_weights('{"a": 1, "b": 3}')
+    learned = read.to_domain_weights(corpus)
+    assert (learned.domain_weights, learned.corpus) == ({"a": 0.25, "b": 0.75}, {n: corpus[n] for n in "ab"})
+    assert (learned.reference_weights, learned.method) == ({"a": 0.5, "b": 0.5}, "{domain: weight} in JSON")
+    ours = parse_weights(json.dumps(OURS.to_dict()))
+    assert ours.to_domain_weights() == OURS
+    assert ours.to_domain_weights(corpus).corpus == {n: corpus[n] for n in "ab"}
+    with pytest.raises(DataError, match=r"^the corpus knows nothing of domain 'b'; give the corpus of these domains$"):
+        read.to_domain_weights({"a": corpus["a"]})
 
 
 NEITHER = "is no JSON, YAML, table of domains and weights, or Megatron blend"

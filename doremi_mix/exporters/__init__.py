@@ -72,27 +72,42 @@ def export_plan(row: Format, plan: ExportPlan) -> Export:
 
 def header_lines(row: Format, plan: ExportPlan, export: Export) -> list[str]:
     """Returns what a reader of the file must know: unit, meaning, budget, what will be drawn, the verdict."""
-    meaning = export.meaning or row.meaning
-    lines = [f"Domain weights for {row.title}, written by doremi_mix.", f"Each number is {_MEANINGS[meaning]}."]
-    if plan.budget is None:
-        lines.append("No budget was given: shares are the weights as they are, and no epoch cap was applied.")
-    else:
-        lines.append(f"Budget: {plan.budget:,} {plan.budget_unit}; no domain more than {plan.max_epochs:g} times.")
-    if plan.capped:
-        lines.append(f"Cut by the epoch cap: {', '.join(plan.capped)}.")
-    if plan.left_out:
-        lines.append(f"Left out, because nothing of them is to be drawn: {', '.join(plan.left_out)}.")
-    lines.append(f"Verdict of the comparison: {plan.verdict or 'these weights were not compared with plain mixtures'}")
-    lines += [*plan.notes, *export.notes]
-    drawn = "" if export.num_drawn is None else f" of {export.num_drawn:,}"
-    also = "the objective" if meaning == "objective" else "the tokens"
-    second = "" if row.unit == "tokens" else f", and of {also}"
-    lines.append(f"Expected shares of the {row.unit} drawn{drawn}{second}:")
+    lines = [
+        f"Domain weights for {row.title}, written by doremi_mix.",
+        f"Each number is {_MEANINGS[export.meaning or row.meaning]}.",
+        f"Verdict of the comparison: {plan.verdict or 'these weights were not compared with plain mixtures'}",
+        *facts(plan, export),
+    ]
+    drawn = "" if export.num_drawn is None else f"{export.num_drawn:,} "
+    second, also = export.second, "the objective"
+    if second is None and row.unit != "tokens":
+        second, also = {name: plan.named(name).token_share for name in export.expected}, "the tokens"
+    both = "" if second is None else f", and of {also}"
+    lines.append(f"Expected shares of the {drawn}{row.unit} drawn{both}:")
     width = max(len(one_line(name)) for name in export.expected)
     for name, share in export.expected.items():
-        token_share = f"  {plan.named(name).token_share:.6f}" if second else ""
-        lines.append(f"  {one_line(name):<{width}}  {share:.6f}{token_share}")
+        beside = "" if second is None else f"  {second[name]:.6f}"
+        lines.append(f"  {one_line(name):<{width}}  {share:.6f}{beside}")
     return lines
+
+
+def facts(plan: ExportPlan, export: Export) -> list[str]:
+    """Returns what a user must know of an export, one sentence each: what the budget did to it, and its notes."""
+    lines = []
+    if plan.budget is None:
+        lines.append("No budget was given: shares are the weights as they are, and no epoch cap was applied.")
+    elif export.second is not None:
+        lines.append(
+            f"Neither the budget of {plan.budget:,} {plan.budget_unit} nor the epoch cap changes these numbers."
+        )
+    else:
+        cap = f"planned for at most {plan.max_epochs:g} passes over a domain"
+        lines.append(f"Budget: {plan.budget:,} {plan.budget_unit}, {cap}.")
+        if plan.capped:
+            lines.append(f"Cut by the epoch cap: {', '.join(plan.capped)}.")
+    if plan.left_out:
+        lines.append(f"Left out, because nothing of them is to be drawn: {', '.join(plan.left_out)}.")
+    return [*lines, *plan.notes, *export.notes]
 
 
 _MEANINGS = {
@@ -103,4 +118,14 @@ _MEANINGS = {
     "table": "said in its column",
 }
 
-__all__ = ["FORMATS", "Export", "ExportPlan", "ExportedFile", "Format", "export_plan", "header_lines", "json_text"]
+__all__ = [
+    "FORMATS",
+    "Export",
+    "ExportPlan",
+    "ExportedFile",
+    "Format",
+    "export_plan",
+    "facts",
+    "header_lines",
+    "json_text",
+]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
 from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
@@ -49,7 +50,7 @@ def write_data_juicer(plan: ExportPlan) -> Export:
     }
     return Export(
         files=(ExportedFile("data_juicer.yaml", yaml_text(config)),),
-        expected={name: count / total for name, count in counts.items()},
+        expected=of_counts(counts),
         usage="dj-process --config data_juicer.yaml --text_keys COLUMN",
         num_drawn=total,
         notes=(
@@ -57,7 +58,7 @@ def write_data_juicer(plan: ExportPlan) -> Export:
             "before any are drawn.",
             "dataset.max_sample_num belongs to the weights: without it all rows of all files are taken.",
             "The rows of a domain lie together in the output: shuffle them where you train.",
-            "It needs the default executor: Data-Juicer's Ray executor takes one dataset only.",
+            "It needs the default executor: Data-Juicer's Ray executor takes one dataset only, and no max_sample_num.",
         ),
     )
 
@@ -92,6 +93,8 @@ def _check_path(domain: PlannedDomain) -> None:
     for sign in ("*", "?", "[", "::", "://"):
         if sign in domain.path:
             raise path_error(domain, f"has {sign}, which Data-Juicer's reader takes for a pattern or a protocol")
+    if "$" in domain.path:
+        raise path_error(domain, "has $, which Data-Juicer's reader takes for an environment variable")
 
 
 FORMATS = (

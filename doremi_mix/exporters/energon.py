@@ -5,45 +5,30 @@ A weight is the probability of a sample, and a sample is an example (a row of a 
 
 from __future__ import annotations
 
-import posixpath
-
-from doremi_mix.errors import ExportError
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
 _PROTOCOLS = ("msc", "dss", "rclone")
 _FLOAT32_STEP = 2.0**-24
 
 
-def _resolved(domain: PlannedDomain) -> str:
-    """Returns the path as Energon resolves it, to compare paths.
-
-    Raises:
-        ExportError: Energon would not find it, or would find another.
-    """
-    name, path = domain.name, domain.path
-    if not path:
-        raise ExportError(f"the path of domain {name!r} is empty; give other paths: --paths")
-    protocol, separator, rest = path.partition("://")
+def _check_path(domain: PlannedDomain) -> None:
+    """Raises when Energon would look for another place than the one that is meant."""
+    protocol, separator, rest = domain.path.partition("://")
     if separator and (protocol not in _PROTOCOLS or not rest or rest.startswith("/")):
-        raise ExportError(
-            f"the path of domain {name!r} ({path!r}) has '://' but is no address that Energon knows "
-            "(msc://PROFILE/FOLDER): it would look for a local folder of that name; give other paths: --paths"
+        raise path_error(
+            domain,
+            "has '://' but is no address that Energon knows (msc://PROFILE/FOLDER): it would look for a local folder "
+            "of that name",
         )
-    return f"{protocol}://{posixpath.normpath(rest)}" if separator else posixpath.normpath(path)
 
 
 def _write(plan: ExportPlan) -> Export:
     shares = plan.example_shares()
-    owners: dict[str, str] = {}
+    check_different_paths(plan)
     for domain in plan.domains:
-        resolved = _resolved(domain)
-        if resolved in owners:
-            raise ExportError(
-                f"domains {owners[resolved]!r} and {domain.name!r} have one path ({domain.path!r}), so that Energon "
-                "would draw the same samples for both; give other paths: --paths"
-            )
-        owners[resolved] = domain.name
+        _check_path(domain)
     blend = [{"weight": shares[domain.name], "path": domain.path} for domain in plan.domains]
     text = yaml_text({"__module__": "megatron.energon", "__class__": "MetadatasetV2"})
     text += yaml_text({"splits": {"train": {"blend": blend}}})

@@ -45,6 +45,7 @@ class Export:
         num_drawn: units that the program draws in one pass over its mixture; None where its own settings say that.
         notes: what a user must know of this export, one sentence each.
         meaning: of the numbers in it, where it is another than the format's.
+        second: the share of each domain in the objective, where a program weights losses beside sampling.
     """
 
     files: tuple[ExportedFile, ...]
@@ -53,6 +54,7 @@ class Export:
     num_drawn: int | None = None
     notes: tuple[str, ...] = ()
     meaning: Meaning | None = None
+    second: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,8 @@ def _write_json(plan: ExportPlan) -> Export:
     check_different_paths(plan)
     builders = {domain.name: builder_of(domain) for domain in plan.domains}
     counts = planned_counts(plan)
-    if counts is not None and all(plan.named(name).file_examples for name in counts):
+    if counts is not None:
+        plan.multipliers()  # refuses where the sizes of the files, and so the passes over them, are not known
         return _json_of_counts(plan, builders, counts)
     shares = plan.example_shares()
     mixture = {

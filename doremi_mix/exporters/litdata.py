@@ -8,6 +8,7 @@ to its count, and all of them are read to the end.
 from __future__ import annotations
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format
 from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
@@ -59,7 +60,7 @@ def write_litdata(plan: ExportPlan) -> Export:
     total = sum(counts.values())
     return Export(
         files=(ExportedFile("litdata_mixture.py", _PYTHON.format(domains=python_dict(domains), seed=plan.seed)),),
-        expected={name: count / total for name, count in counts.items()},
+        expected=of_counts(counts),
         usage="from litdata_mixture import build_dataset; loader = litdata.StreamingDataLoader(build_dataset())",
         num_drawn=total,
         notes=(

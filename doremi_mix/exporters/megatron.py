@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters.export import Export, ExportedFile, Format, json_text
+from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan
 
 PREFIX = "tokenized/{name}_text_document"
@@ -38,25 +39,12 @@ def check_prefixes(plan: ExportPlan) -> None:
     Raises:
         ExportError: the message names the domain, the prefix and the reason.
     """
-    owners: dict[str, str] = {}
+    check_different_paths(plan)
     for domain in plan.domains:
-        name, path = domain.name, domain.path
-        if not path or path != path.strip():
-            raise ExportError(
-                f"the path of domain {name!r} is empty or has spaces around it ({path!r}), which Megatron strips; "
-                "give other paths: --paths"
-            )
-        if path.endswith((".bin", ".idx")):
-            raise ExportError(
-                f"the path of domain {name!r} ends in {path[-4:]!r} ({path!r}), but Megatron adds .bin and .idx to it; "
-                "give the paths without: --paths"
-            )
-        if path in owners:
-            raise ExportError(
-                f"domains {owners[path]!r} and {name!r} have one path ({path!r}), so that Megatron would draw the same "
-                "samples for both; give other paths: --paths"
-            )
-        owners[path] = name
+        if domain.path != domain.path.strip():
+            raise path_error(domain, "has spaces around it, which Megatron strips")
+        if domain.path.endswith((".bin", ".idx")):
+            raise path_error(domain, f"ends in {domain.path[-4:]}, but Megatron adds .bin and .idx to it")
 
 
 def tokens_note(plan: ExportPlan, what: str) -> tuple[str, ...]:

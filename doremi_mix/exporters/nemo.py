@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import posixpath
 import warnings
 from fractions import Fraction
 
@@ -11,8 +10,10 @@ import numpy as np
 
 from doremi_mix.conversions import exact_shares
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
 from doremi_mix.exporters.megatron import PREFIX, check_prefixes, tokens_note, zipped_blend
+from doremi_mix.exporters.paths import builder_of, check_different_paths, data_files
 from doremi_mix.exporters.plan import ExportPlan
 
 _EPOCHS = "yes: it starts further epochs of a prefix"
@@ -76,36 +77,16 @@ def passes(count: int, size: int) -> float:
     return exact
 
 
-def _builder(path: str) -> str:
-    """Returns what load_dataset calls the reader of a file."""
-    for suffix, builder in ((".parquet", "parquet"), (".csv", "csv"), (".arrow", "arrow")):
-        if path.endswith(suffix):
-            return builder
-    return "json"
-
-
 def _write_bridge_sft(plan: ExportPlan) -> Export:
     counts = plan.counts()
     sizes = {name: int(counts[name] / ratio) for name, ratio in plan.multipliers().items()}
-    owners: dict[str, str] = {}
+    check_different_paths(plan)
     sources, weights = "", ""
     for name, count in counts.items():
-        path = plan.named(name).path
-        if not path.strip() or any(character in path for character in "*?[]") or "://" in path or "::" in path:
-            raise ExportError(
-                f"the path of domain {name!r} ({path!r}) is empty or has one of * ? [ ] :: ://, which load_dataset "
-                "takes for a pattern or an address; give other paths: --paths"
-            )
-        normal = posixpath.normpath(path)
-        if normal in owners:
-            raise ExportError(
-                f"domains {owners[normal]!r} and {name!r} have one path ({path!r}), so that their rows cannot be told "
-                "apart; give other paths: --paths"
-            )
-        owners[normal] = name
+        domain = plan.named(name)
         sources += (
-            f"    HFDatasetSourceConfig(\n        path_or_dataset={_builder(path)!r},\n"
-            f"        load_kwargs={{'data_files': {path!r}}},\n        split='train',\n    ),\n"
+            f"    HFDatasetSourceConfig(\n        path_or_dataset={builder_of(domain)!r},\n"
+            f"        load_kwargs={{'data_files': {data_files(domain.path)!r}}},\n        split='train',\n    ),\n"
         )
         weights += f"    {passes(count, sizes[name])!r},\n"
     text = (
@@ -115,7 +96,7 @@ def _write_bridge_sft(plan: ExportPlan) -> Export:
     total = sum(counts.values())
     return Export(
         files=(ExportedFile("megatron_bridge_sft.py", text),),
-        expected=exact_shares({name: Fraction(count) for name, count in counts.items()}),
+        expected=of_counts(counts),
         usage=(
             "DirectHFSFTDatasetConfig(source=SOURCES, source_weights=SOURCE_WEIGHTS, blend_seed=BLEND_SEED, "
             "validation_source=..., test_source=..., ...)"
@@ -130,6 +111,7 @@ def _write_bridge_sft(plan: ExportPlan) -> Export:
 
 
 def _write_automodel(plan: ExportPlan) -> Export:
+    _check_all_are_planned(plan)
     if len(plan.domains) < 2:
         raise ExportError("domain_mixture takes at least two domains, and only one is drawn; train without weights")
     if any(domain.statistics is None for domain in plan.domains):
@@ -150,7 +132,7 @@ def _write_automodel(plan: ExportPlan) -> Export:
                     f"{what} of domain {domain.name!r} ({text!r}) is empty, a Python literal or has a '$', which the "
                     f"configuration loader replaces; {remedy}"
                 )
-    # The cap on epochs is for drawing; a loss can be weighted as the weights say.
+    # Budget and epoch cap are for drawing; the corpus is sampled as it is, and a loss can be weighted as learned.
     objective = exact_shares({domain.name: domain.weight for domain in plan.domains})
     sampling = exact_shares(
         {domain.name: Fraction(domain.statistics.available_tokens) for domain in plan.domains if domain.statistics}
@@ -184,9 +166,21 @@ def _write_automodel(plan: ExportPlan) -> Export:
             f"The largest multiplier is {objective[strongest] / sampling[strongest]:.3g} ({strongest}).",
             "It takes a loss with reduction sum (MaskedCrossEntropy), and no packing, pipeline or context parallelism; "
             "with validation, one block validation_dataset_NAME for each domain.",
-            *(["The epoch cap does not apply: no domain is drawn more often than it has tokens."] * bool(plan.capped)),
+            "All domains are repeated alike, as often as the recipe's own number of steps asks.",
         ),
+        second=objective,
     )
+
+
+def _check_all_are_planned(plan: ExportPlan) -> None:
+    """Raises when the budget is too small to draw from a domain: without it, the others would be sampled more."""
+    missing = next((name for name in plan.left_out if plan.learned[name]), None)
+    if missing is not None:
+        raise ExportError(
+            f"the budget of {plan.budget:,} {plan.budget_unit} draws nothing of domain {missing!r} "
+            f"({plan.learned[missing]:.3g} of the objective), but domains are sampled as the corpus has them whatever "
+            "the budget; raise the budget, leave it out, or give the domain weight 0"
+        )
 
 
 def changed_by_automodel(text: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlparse
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
 from doremi_mix.exporters.paths import check_characters, check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan
@@ -120,7 +121,6 @@ def write_dolma(plan: ExportPlan) -> Export:
     _check_nested(plan)
     multipliers = plan.multipliers()
     rates = {name: float(multiplier) for name, multiplier in multipliers.items()}
-    total = sum(plan.counts().values())
     parts = [rate - int(rate) for rate in rates.values()]
     least = min((part for part in parts if part), default=1.0)
     config = {
@@ -135,7 +135,7 @@ def write_dolma(plan: ExportPlan) -> Export:
     }
     return Export(
         files=(ExportedFile("dolma.yaml", yaml_text(config)),),
-        expected={name: count / total for name, count in plan.counts().items()},
+        expected=of_counts(plan.counts()),
         usage="python -m dolma.tokenizer.reshard dolma.yaml",
         notes=(
             "Dolma takes whole .npy files: of a source with F files it rounds the part of a pass to a multiple of 1/F, "

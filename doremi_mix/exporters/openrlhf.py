@@ -106,13 +106,14 @@ def _draws_until_all_were_read(domains: list[PlannedDomain], shares: Mapping[str
         # --data.max_samples also cuts each domain to its first rows.
         sizes = {name: min(size, budget) for name, size in sizes.items()}
     last = max(shares, key=lambda name: sizes[name] / shares[name])
-    draws = round(sizes[last] / shares[last])
+    draws = sizes[last] / shares[last]  # infinite for the smallest floats
     if draws > _MOST_DRAWS:
         raise ExportError(
-            f"domain {last!r}: OpenRLHF draws until every domain was read once, which takes about {draws:,} rows "
-            f"for a share of {shares[last]:.3g} of the examples; leave the domain out, or use --format datasets"
+            f"domain {last!r}: OpenRLHF draws until every domain was read once, which takes more than "
+            f"{_MOST_DRAWS:,} rows for a share of {shares[last]:.3g} of the examples; leave the domain out, or use "
+            "--format datasets"
         )
-    return draws
+    return round(draws)
 
 
 FORMATS = (

@@ -6,13 +6,16 @@ means, and write it down.
 
 from __future__ import annotations
 
+import math
+import posixpath
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 from doremi_mix.conversions import exact_shares, in_other_units, whole_counts
 from doremi_mix.domain_weights import DomainWeights
-from doremi_mix.errors import DataError, ExportError
+from doremi_mix.errors import BudgetError, DataError, ExportError
 from doremi_mix.mixture import allocate
 from doremi_mix.types import DomainStatistics
 
@@ -105,7 +108,12 @@ class ExportPlan:
         counts = {domain.name: domain.examples for domain in self.domains}
         known = {name: count for name, count in counts.items() if count is not None}
         if len(known) < len(counts):
-            raise ExportError("it takes numbers of examples, which need a budget; give --budget")
+            if self.budget is None:
+                raise ExportError("it takes numbers of examples, which need a budget; give --budget")
+            raise ExportError(
+                "it takes numbers of examples, which a budget of tokens does not give where the lengths of examples "
+                "are not known; say --budget-unit examples, or give --corpus RUN_DIR"
+            )
         drawn = {name: count for name, count in known.items() if count}
         if not drawn:
             raise ExportError("the budget is smaller than one example; raise --budget")
@@ -163,6 +171,8 @@ def make_plan(
         BudgetError: the budget cannot be met under the epoch cap.
         DataError: the paths are not those of the domains.
     """
+    if not (math.isfinite(max_epochs) and max_epochs > 0):
+        raise BudgetError(f"max_epochs must be finite and above 0, got {max_epochs}; give another one")
     names = [name for name, weight in weights.domain_weights.items() if weight]
     _check_paths(names, paths)
     corpus = {name: weights.corpus[name] for name in names} if weights.corpus else {}
@@ -184,7 +194,7 @@ def make_plan(
             tokens=drawn.tokens[name] if drawn.tokens else None,
             examples=drawn.examples[name] if drawn.examples else None,
             statistics=corpus.get(name),
-            file_examples=_file_examples(paths, corpus.get(name)),
+            file_examples=_file_examples(paths[name] if paths else None, corpus.get(name)),
         )
         for name in names
         if drawn.token_shares[name]
@@ -200,7 +210,7 @@ def make_plan(
         max_epochs=max_epochs,
         capped=drawn.capped,
         seed=seed,
-        verdict=str(weights.verdict.get("sentence", "")),
+        verdict=str(weights.verdict.get("sentence") or ""),
         notes=_notes(domains, budget, corpus),
     )
 
@@ -240,7 +250,7 @@ def _draw_tokens(
 ) -> _Drawn:
     """Splits a budget of tokens; examples follow from their mean lengths, where these are known."""
     available = {name: statistics.available_tokens for name, statistics in corpus.items()}
-    tokens, capped = _split(shares, available, budget, max_epochs)
+    tokens, capped = _split(shares, available, budget, max_epochs, "tokens")
     token_shares = exact_shares({name: Fraction(count) for name, count in tokens.items()})
     if lengths is None:
         return _Drawn(token_shares, None, tokens, None, capped)
@@ -266,7 +276,7 @@ def _draw_examples(
             "--equal-lengths"
         )
     available = {name: statistics.num_examples for name, statistics in corpus.items()}
-    examples, capped = _split(in_other_units(shares, lengths), available, budget, max_epochs)
+    examples, capped = _split(in_other_units(shares, lengths), available, budget, max_epochs, "examples")
     amounts = {name: count * lengths[name] for name, count in examples.items()}
     return _Drawn(
         token_shares=exact_shares(amounts),
@@ -278,13 +288,18 @@ def _draw_examples(
 
 
 def _split(
-    shares: Mapping[str, float], available: Mapping[str, int], budget: int, max_epochs: float
+    shares: Mapping[str, float], available: Mapping[str, int], budget: int, max_epochs: float, unit: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Returns the budget by domain, and the domains that the epoch cap cut; nothing is cut where sizes are unknown."""
-    if available:
-        allocation = allocate(shares, available, budget, max_epochs)
-        return dict(allocation.tokens), allocation.capped
-    return dict(allocate(shares, dict.fromkeys(shares, budget), budget, 1.0).tokens), ()
+    try:
+        if available:
+            allocation = allocate(shares, available, budget, max_epochs)
+            return dict(allocation.tokens), allocation.capped
+        return dict(allocate(shares, dict.fromkeys(shares, budget), budget, 1.0).tokens), ()
+    except BudgetError as error:
+        # The core speaks of tokens and of the run's setting.
+        text = str(error).replace("token budget", "budget").replace("mixture.max_epochs", "max_epochs")
+        raise BudgetError(re.sub(r"\btokens\b", unit, text)) from None
 
 
 def _lengths(
@@ -302,12 +317,12 @@ def _path(name: str, paths: Mapping[str, str] | None, statistics: DomainStatisti
     return statistics.path if statistics and statistics.path else f"data/{name}.jsonl"
 
 
-def _file_examples(paths: Mapping[str, str] | None, statistics: DomainStatistics | None) -> int | None:
-    """Returns the rows of what the program reads: other paths than the source are taken to hold the kept rows alone."""
+def _file_examples(path: str | None, statistics: DomainStatistics | None) -> int | None:
+    """Returns the rows of what the program reads: another file than the source is taken to hold the kept rows alone."""
     if statistics is None:
         return None
-    from_source = paths is None and statistics.path and statistics.num_rows
-    return statistics.num_rows if from_source else statistics.num_examples
+    is_source = statistics.path and (path is None or posixpath.normpath(path) == posixpath.normpath(statistics.path))
+    return statistics.num_rows if is_source and statistics.num_rows else statistics.num_examples
 
 
 def _check_paths(names: list[str], paths: Mapping[str, str] | None) -> None:

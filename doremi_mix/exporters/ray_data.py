@@ -7,6 +7,7 @@ domain is first brought to its count, and then the default is exact.
 
 from __future__ import annotations
 
+from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format
 from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
@@ -68,7 +69,7 @@ def write_ray(plan: ExportPlan) -> Export:
     total = sum(counts.values())
     return Export(
         files=(ExportedFile("ray_mixture.py", _PYTHON.format(domains=python_dict(domains), seed=plan.seed)),),
-        expected={name: count / total for name, count in counts.items()},
+        expected=of_counts(counts),
         usage="from ray_mixture import build_dataset; dataset = build_dataset()",
         num_drawn=total,
         notes=(

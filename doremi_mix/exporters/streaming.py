@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from doremi_mix.errors import ExportError
+from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
 from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
@@ -51,9 +52,9 @@ def write_streaming(plan: ExportPlan) -> Export:
     text = _PYTHON.format(streams=python_dict(streams), seed=plan.seed)
     return Export(
         files=(ExportedFile("streaming_mixture.py", text),),
-        expected=_shares(streams),
+        expected=of_counts(_counts(streams)),
         usage="from streaming_mixture import build_dataset; dataset = build_dataset(batch_size=8)",
-        num_drawn=_total(streams),
+        num_drawn=sum(_counts(streams).values()),
         notes=(
             "Each path is a folder of shards in one of Streaming's formats, with one sample for each example of the "
             "domain: write it with streaming.MDSWriter.",
@@ -88,9 +89,9 @@ def write_llm_foundry(plan: ExportPlan) -> Export:
     text = yaml_text({"train_loader": {"name": "finetuning", "dataset": dataset}})
     return Export(
         files=(ExportedFile("train_loader.yaml", text),),
-        expected=_shares(streams),
+        expected=of_counts(_counts(streams)),
         usage="copy train_loader into the YAML that composer train.py reads",
-        num_drawn=_total(streams),
+        num_drawn=sum(_counts(streams).values()),
         notes=(
             "Each path is a folder of MDS shards with one sample for each example (prompt and response, or a chat).",
             "Set beside it what is yours: dataset.max_seq_len, dataset.decoder_only_format, drop_last, num_workers.",
@@ -132,12 +133,8 @@ def _check_seed(seed: int) -> None:
         raise ExportError(f"shuffle_seed must be at least 0, got {seed}; give another --seed")
 
 
-def _total(streams: dict[str, dict[str, Any]]) -> int:
-    return sum(stream["choose"] for stream in streams.values())
-
-
-def _shares(streams: dict[str, dict[str, Any]]) -> dict[str, float]:
-    return {name: stream["choose"] / _total(streams) for name, stream in streams.items()}
+def _counts(streams: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {name: stream["choose"] for name, stream in streams.items()}
 
 
 FORMATS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from glob import escape
 
 from doremi_mix.exporters.export import Export, ExportedFile, Format
-from doremi_mix.exporters.paths import check_characters, check_different_paths, path_error
+from doremi_mix.exporters.paths import builder_of, check_characters, check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan
 
 _NOTES = (
@@ -19,15 +19,11 @@ _NOTES = (
 def write_torchtitan(plan: ExportPlan) -> Export:
     """Writes Python for torchtitan 0.3: an ``InterleavedChatDataLoader`` of weighted sources without end."""
     check_different_paths(plan)
-    check_characters(plan.domains, "[]$", "datasets.load_dataset reads as part of a pattern or as a variable")
+    check_characters(plan.domains, "[]", "datasets.load_dataset reads as part of a pattern")
     check_characters(plan.domains, "*?", "datasets.load_dataset expands as a pattern", patterns=True)
-    for domain in plan.domains:
-        if "::" in domain.path:
-            raise path_error(domain, "has '::', which datasets.load_dataset reads as a chain of file systems")
     shares = plan.token_shares()
     rows = "".join(
-        f"    ({domain.name!r}, {'parquet' if domain.path.endswith('.parquet') else 'json'!r}, {domain.path!r}, "
-        f"{shares[domain.name]!r}),\n"
+        f"    ({domain.name!r}, {builder_of(domain)!r}, {domain.path!r}, {shares[domain.name]!r}),\n"
         for domain in plan.domains
     )
     return Export(

@@ -9,7 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-HEADINGS = ("format", "written for", "numbers are", "draws", "repeats rows", "version", "proof", "date")
+HEADINGS = ("format", "written for", "numbers are", "draws", "repeats rows", "proof", "by", "date")
 
 _MEANINGS = {
     "share": "shares",
@@ -28,8 +28,8 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _MEANINGS[row["meaning"]],
         row["unit"],
         row["oversamples"],
-        row["version"] or "",
         row["proof"],
+        row["proven_by"] or "",
         row["date"] or "",
     )
 

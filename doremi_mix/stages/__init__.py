@@ -23,6 +23,7 @@ from doremi_mix.fingerprints import (
     compare_settings,
     draw_settings,
     evaluate_settings,
+    export_outputs,
     export_reads,
     export_settings,
     filter_settings,
@@ -197,7 +198,7 @@ STAGES: tuple[Stage, ...] = (
         ("load", "tokenize"),
         export_settings,
         "the weights for other programs, and what each will draw",
-        outputs=("exports.json",),
+        outputs=export_outputs,
         also_reads=export_reads,
         in_run=lambda config: bool(config.export.formats),
     ),
@@ -456,8 +457,8 @@ def _is_current(replica: Replica) -> bool:
 def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
     """Says of every stage whether it is ``finished``, ``partial``, ``outdated`` or ``not started``.
 
-    A stage that is run in several rounds and seeds is finished when all of them are.  Analyze, filter, finetune and
-    evaluate are left out where they neither belong to the run nor were started.
+    A stage that is run in several rounds and seeds is finished when all of them are.  Analyze, filter, export,
+    finetune and evaluate are left out where they neither belong to the run nor were started.
     """
     states: dict[str, str] = {}
     for stage in STAGES:
@@ -467,7 +468,8 @@ def stage_states(config: Config, run: RunDirectory) -> dict[str, str]:
             )
         else:
             states[stage.name] = _state(stage, config, run)
-    optional = [name for name in ("analyze", "filter", "finetune", "evaluate") if not stage_named(name).in_run(config)]
+    asked_for = ("analyze", "filter", "export", "finetune", "evaluate")
+    optional = [name for name in asked_for if not stage_named(name).in_run(config)]
     return {name: state for name, state in states.items() if state != "not started" or name not in optional}
 
 

@@ -39,7 +39,7 @@ from doremi_mix.stages.training import (
     sequence_ids,
     train_model,
 )
-from doremi_mix.stages.weights import WEIGHTS_FILE, plain_weights, read_weights, weights_from
+from doremi_mix.stages.weights import WEIGHTS_FILE, mean_tokens, plain_weights, read_weights, weights_from
 from doremi_mix.store import TokenStore
 from doremi_mix.types import Allocation
 
@@ -119,7 +119,7 @@ def entrants(
     for name in BASELINES:
         mixtures[name] = plain_weights(name, available, config.compare.temperature)
     for name, path in config.compare.also.items():
-        mixtures[name] = weights_from(Path(path), store.domains.names, say)
+        mixtures[name] = weights_from(Path(path), store.domains.names, say, mean_tokens(store))
     return mixtures
 
 
@@ -261,4 +261,4 @@ def restore_verdict(run: RunDirectory) -> None:
     if data.get("verdict") != verdict:
         write_json(path, {**data, "verdict": verdict})
         # Exports carry it, too: they are written anew.
-        run.forget("export")
+        run.outdate("export")

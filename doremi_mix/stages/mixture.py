@@ -29,7 +29,7 @@ from doremi_mix.run import RunDirectory, read_json
 from doremi_mix.stages import StageContext
 from doremi_mix.stages.load import read_examples_at, read_rows
 from doremi_mix.stages.training import available_tokens, open_store, weight_caps
-from doremi_mix.stages.weights import plain_weights, read_weights, weights_from
+from doremi_mix.stages.weights import mean_tokens, plain_weights, read_weights, weights_from
 from doremi_mix.store import TokenStore
 from doremi_mix.types import Allocation, Example
 
@@ -104,7 +104,7 @@ def chosen_weights(context: StageContext, store: TokenStore) -> Mapping[str, flo
     if wanted in MIXTURE_WORDS:
         return plain_weights(wanted, available_tokens(store), context.config.compare.temperature)
     entered = context.config.compare.also.get(wanted)
-    return weights_from(Path(entered or wanted), store.domains.names, context.narrator.say)
+    return weights_from(Path(entered or wanted), store.domains.names, context.narrator.say, mean_tokens(store))
 
 
 def _say_losses(context: StageContext, wanted: str) -> None:

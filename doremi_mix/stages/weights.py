@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 import doremi_mix
 from doremi_mix.atomic import write_json
 from doremi_mix.config import Config
+from doremi_mix.conversions import to_token_shares
 from doremi_mix.diagnostics import Diagnosis, diagnose
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.fingerprints import rows_stage
@@ -190,13 +191,19 @@ def plain_weights(name: str, available: Mapping[str, int], temperature: float) -
     return uniform_weights(available) if name == "uniform" else temperature_weights(available, temperature)
 
 
-def weights_from(path: Path, names: Sequence[str], say: Callable[[str], None] | None = None) -> Mapping[str, float]:
+def weights_from(
+    path: Path,
+    names: Sequence[str],
+    say: Callable[[str], None] | None = None,
+    mean_tokens: Mapping[str, float] | None = None,
+) -> Mapping[str, float]:
     """Reads domain weights from a file: ours, or one of another program (see ``weight_files``), in any unit.
 
     Args:
         path: the file.
         names: the domains of the run.
         say: is told how a file of another program was read, line by line.
+        mean_tokens: of an example of each domain, by which shares of examples become shares of tokens.
 
     Returns:
         Weights in the order of the domains; they sum to 1.
@@ -206,6 +213,8 @@ def weights_from(path: Path, names: Sequence[str], say: Callable[[str], None] | 
     """
     read = read_weight_file(path)
     weights = match_domains(read.weights, names, path)
+    if read.unit == "examples" and mean_tokens is not None:
+        weights = to_token_shares(weights, mean_tokens)
     if say is not None:
         for notice in read.notices:
             say(f"  {path}: {notice}")
@@ -227,8 +236,13 @@ def _shares(learned: Mapping[str, float], store: TokenStore) -> dict[str, dict[s
     return {
         "token": dict(learned),
         "sequence": in_units_of({s["name"]: s["train"]["tokens"] / s["train"]["sequences"] for s in store.summaries}),
-        "example": in_units_of({s["name"]: s["available_tokens"] / s["train"]["documents"] for s in store.summaries}),
+        "example": in_units_of(mean_tokens(store)),
     }
+
+
+def mean_tokens(store: TokenStore) -> dict[str, float]:
+    """Returns mean tokens of an example by domain."""
+    return {s["name"]: s["available_tokens"] / s["train"]["documents"] for s in store.summaries}
 
 
 def corpus_of(run: RunDirectory, store: TokenStore) -> dict[str, DomainStatistics]:

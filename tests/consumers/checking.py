@@ -36,14 +36,23 @@ class Problem:
         """Rows of each file."""
         return {name: len(rows) for name, rows in self.rows.items()}
 
+    @property
+    def kept(self):
+        """Rows of each file that are trained on: the first ones."""
+        return {name: self.rows[name][: statistics.num_examples] for name, statistics in self.weights.corpus.items()}
 
-def write_problem(folder, shares, num_rows, mean_words, seed=0):
-    """Writes one JSONL file a domain, and returns weights whose corpus describes them; a word counts as a token."""
-    rng = random.Random(seed)
+
+def write_problem(folder, shares, num_rows, mean_words, seed=0, rejected=None):
+    """Writes one JSONL file a domain, and returns weights whose corpus describes them; a word counts as a token.
+
+    ``rejected``: by domain, how many rows the file has beside those that are trained on.
+    """
+    rng, other_rng = random.Random(seed), random.Random(seed + 1)
     folder.mkdir(parents=True, exist_ok=True)
     rows, corpus, paths = {}, {}, {}
     for name in shares:
         lengths = [max(1, mean_words[name] + rng.randint(-1, 1)) for _ in range(num_rows[name])]
+        others = [max(1, mean_words[name] + other_rng.randint(-1, 1)) for _ in range((rejected or {}).get(name, 0))]
         rows[name] = [
             {
                 "instruction": f"Say {number}.",
@@ -55,7 +64,7 @@ def write_problem(folder, shares, num_rows, mean_words, seed=0):
                 ],
                 "domain": name,
             }
-            for number, length in enumerate(lengths)
+            for number, length in enumerate(lengths + others)
         ]
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]), encoding="utf-8")
@@ -65,7 +74,7 @@ def write_problem(folder, shares, num_rows, mean_words, seed=0):
             available_tokens=sum(lengths),
             num_sequences=max(1, sum(lengths) // 64),
             path=str(path),
-            num_rows=num_rows[name],
+            num_rows=len(rows[name]),
         )
     weights = DomainWeights(shares, dict.fromkeys(shares, 1 / len(shares)), corpus=corpus)
     return Problem(weights, paths, rows)

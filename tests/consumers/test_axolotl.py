@@ -13,7 +13,7 @@ from .conftest import ENVIRONMENTS
 
 CONSUMER = "axolotl"
 BUDGET = 8000
-"""Tokens, for which the 300 rows of beta and the 50 of gamma are read more than once."""
+"""Tokens, for which the 312 rows of beta and the 50 of gamma are read more than once."""
 
 pytestmark = pytest.mark.consumers
 

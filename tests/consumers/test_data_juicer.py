@@ -94,3 +94,34 @@ def test_trap_the_default_text_key_is_refused_by_it(consumer, problem):
     with pytest.raises(RefusedError, match=r"There is no key \[text\] in dataset"):
         consumer.ask("load", file=file, arguments=["--text_keys", "text"])
     assert any("text_keys" in note for note in export.notes)
+
+
+def test_trap_a_path_with_a_dollar_reads_other_rows(consumer, problem, monkeypatch):
+    """The datasets library, below Data-Juicer, puts in the variable, although the path is there as it stands."""
+    for folder, name in (("$DOREMI_DATA", "alpha"), ("elsewhere", "gamma")):
+        (consumer.folder / folder).mkdir()
+        rows = Path(problem.paths[name]).read_text(encoding="utf-8")
+        (consumer.folder / folder / "rows.jsonl").write_text(rows, encoding="utf-8")
+    monkeypatch.setenv("DOREMI_DATA", "elsewhere")
+    path = str(consumer.folder / "$DOREMI_DATA" / "rows.jsonl")
+    config = {"dataset": {"configs": [{"type": "local", "path": path}]}, "export_path": "x.jsonl", "process": []}
+    naive = consumer.folder / "naive.yaml"
+    naive.write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert consumer.ask("load", file=str(naive))["drawn"] == {"gamma": 50}
+    with pytest.raises(ExportError, match=r"has \$, which Data-Juicer's reader takes for an environment variable"):
+        consumer.export("data-juicer", problem.weights, budget=3000, paths=problem.paths | {"alpha": path})
+
+
+def test_trap_the_ray_executor_takes_one_dataset_and_no_sampling(consumer, problem):
+    export, [file] = consumer.export("data-juicer", problem.weights, budget=3000)
+    with pytest.raises(RefusedError, match="'RayDataset' object has no attribute 'num_rows'"):
+        consumer.ask("load_with_ray", file=file)
+    config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    del config["dataset"]["max_sample_num"]
+    naive = consumer.folder / "naive.yaml"
+    naive.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(RefusedError, match="Ray setup only supports one dataset now"):
+        consumer.ask("load_with_ray", file=str(naive))
+    assert export.notes[-1] == (
+        "It needs the default executor: Data-Juicer's Ray executor takes one dataset only, and no max_sample_num."
+    )

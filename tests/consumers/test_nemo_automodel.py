@@ -6,6 +6,7 @@ import pytest
 
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters.nemo import changed_by_automodel
+from doremi_mix.exporters.plan import make_plan
 
 from .checking import RefusedError, write_problem
 
@@ -14,9 +15,12 @@ pytestmark = pytest.mark.consumers
 
 
 @pytest.mark.proves("nemo-automodel", how="drawn")
-def test_samples_the_corpus_and_weights_the_loss(consumer, problem, tmp_path):
+@pytest.mark.parametrize("how", [{}, {"budget": 8000, "max_epochs": 2.0}], ids=["shares", "budget"])
+def test_samples_the_corpus_and_weights_the_loss(consumer, problem, tmp_path, how):
+    """With a budget, too: the epoch cap cuts gamma where rows are drawn, but not its part in the loss."""
     paths = {name: str(tmp_path / f"{name}_text_document") for name in problem.paths}
-    export, files = consumer.export("nemo-automodel", problem.weights, paths=paths)
+    assert make_plan(problem.weights, **how).capped == (("gamma",) if how else ())
+    export, files = consumer.export("nemo-automodel", problem.weights, paths=paths, **how)
     documents = {paths["alpha"]: 500, paths["beta"]: 300, paths["gamma"]: 100}
 
     answer = consumer.ask("draw", path=files[0], write=documents, num_samples=4000)
@@ -27,6 +31,7 @@ def test_samples_the_corpus_and_weights_the_loss(consumer, problem, tmp_path):
     total = sum(answer["losses"].values())
     shares = {name: loss / total for name, loss in answer["losses"].items()}
     assert shares == pytest.approx(dict(problem.weights.domain_weights), abs=0.001)
+    assert shares == pytest.approx(dict(export.second), abs=0.001)
     tokens = {name: statistics.available_tokens for name, statistics in problem.weights.corpus.items()}
     assert export.expected == pytest.approx({name: count / sum(tokens.values()) for name, count in tokens.items()})
 

@@ -2,9 +2,18 @@
 
 import math
 
+from grammars.huggingface import BUILDERS, load
 from grammars.streaming import load_yaml
 
-MAGIC = ("*", "?", "[", "::", "://")  # what the reader of data files takes for a pattern or a protocol
+
+def found(sizes, path):
+    """What it hands to load_dataset: the file, or of a folder the files in it."""
+    builder = next((builder for builder, suffixes in BUILDERS.items() if path.lower().endswith(suffixes)), None)
+    if builder is not None:
+        return load(sizes, builder, path)[0]
+    inside = f"{path}/rows.jsonl"
+    assert load({inside: sizes[path]}, "json", inside)[0] == inside
+    return path
 
 
 def read(files, sizes):
@@ -17,17 +26,16 @@ def read(files, sizes):
     for entry in entries:
         assert type(entry["path"]) is str
         assert type(entry["weight"]) is float
-        if any(sign in entry["path"] for sign in MAGIC):
-            raise ValueError(f"{entry['path']} is not read as it is")
     total = sum(entry["weight"] for entry in entries)
     assert total > 0
     drawn, so_far = {}, 0
     for entry in entries:
         number = min(math.ceil(limit * (entry["weight"] / total)), limit - so_far)
         so_far += number
-        assert entry["path"] not in drawn
+        path = found(sizes, entry["path"])
+        assert path not in drawn
         # It repeats a file as often as it takes.
-        drawn[entry["path"]] = number
+        drawn[path] = number
     return drawn
 
 

@@ -3,11 +3,14 @@
 Sources: data_files.py (patterns, hops), utils/file_utils.py (environment variables), arrow_dataset.py (interleaving).
 """
 
-import ast
 import json
 import os
 import re
 from pathlib import PurePosixPath
+
+import numpy
+
+from .streaming import make_module, run
 
 BUILDERS = {
     "json": (".json", ".jsonl", ".ndjson"),
@@ -56,29 +59,66 @@ def interleave(probabilities):
         raise ValueError("cannot exhaust a dataset that is never sampled")
 
 
+class Rows:
+    """A ``Dataset``: of each file, the numbers of its rows; nothing is read."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return sum(len(numbers) for _, numbers in self.parts)
+
+    def select(self, indices):
+        [(file, numbers)] = self.parts
+        if min(indices) < 0:
+            raise IndexError("select")
+        return Rows([(file, numbers[indices])])
+
+    def select_columns(self, columns):
+        assert columns
+        return self
+
+    def shuffle(self, *, seed):
+        numpy.random.default_rng(seed)
+        return self
+
+
+def concatenate(datasets):
+    return Rows([part for dataset in datasets for part in dataset.parts])
+
+
+def interleaved(datasets, probabilities=None, seed=None, stopping_strategy="first_exhausted"):
+    """Returns the share of each file."""
+    assert len(probabilities) == len(datasets)
+    interleave(probabilities)
+    if stopping_strategy != "first_exhausted":
+        raise TimeoutError("rows are repeated until all domains have come once")
+    numpy.random.default_rng(seed)
+    return {dataset.parts[0][0]: share for dataset, share in zip(datasets, probabilities, strict=True)}
+
+
 def read_python(files, sizes):
-    """DOMAINS of the file; build() is run by the checks with the library itself."""
-    tree = ast.parse(files["mixture.py"])
-    [value] = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DOMAINS"
-    ]
-    rows = ast.literal_eval(value)
+    def load_dataset(path, *, data_files, split):
+        file, size = load(sizes, path, data_files, split)
+        return Rows([(file, numpy.arange(size))])
+
+    module = make_module(
+        "datasets",
+        Dataset=Rows,
+        load_dataset=load_dataset,
+        concatenate_datasets=concatenate,
+        interleave_datasets=interleaved,
+    )
+    rows = run(files["mixture.py"], datasets=module)["build"]()
+    if not isinstance(rows, Rows):
+        return rows
     drawn = {}
-    if len(rows[0]) == 4:
-        interleave([share for *_, share in rows])
-        for _, kind, file, share in rows:
-            drawn[load(sizes, kind, [glob_escape(file)])[0]] = share
-        return drawn
-    for name, kind, file, num_expected, num_drawn in rows:
-        path, size = load(sizes, kind, [glob_escape(file)])
-        if size < num_expected:
-            raise ValueError(name)
-        drawn[path] = num_drawn
+    for file, numbers in rows.parts:
+        assert file not in drawn
+        times = numpy.bincount(numbers, minlength=sizes[file])
+        assert max(times) - min(times) <= 1, "a row came again before all of its domain had come"
+        drawn[file] = len(numbers)
     return drawn
-
-
-def glob_escape(path):
-    return "".join(f"[{character}]" if character in "*?[" else character for character in path)
 
 
 def read_json(files, sizes):

@@ -3,9 +3,12 @@
 https://github.com/stanford-crfm/levanter (``configs``) and https://github.com/marin-community/marin (``components``).
 """
 
+import glob
 import posixpath
+import re
 
 import yaml
+from fsspec.utils import glob_translate
 
 SHARED = {"train_weights", "stop_strategy", "mixture_block_size"}
 
@@ -33,7 +36,7 @@ def read(text, key, url_of, packs):
     drawn = mix(weights, block)
     urls = [url_of(source) for source in sources.values()]
     assert len(set(urls)) == len(urls)
-    return {url_of(sources[name]): count for name, count in drawn.items()}
+    return {url_of(sources[name]): count / block for name, count in drawn.items()}
 
 
 def folder(name):
@@ -57,20 +60,49 @@ def mix(weights, block):
     return counts
 
 
-def check_url(url):
-    """Says no where Levanter would open other files than the one that was meant; a pattern counts as it was given."""
-    assert not set(url) & set("[]\\")
-    assert "::" not in url
-    stem, suffix = posixpath.splitext(url)
-    assert {suffix, posixpath.splitext(stem)[1]} & {".jsonl", ".txt", ".json", ".parquet"}, f"Unknown format for {url}"
-    return url
+def open_url(url, sizes):
+    """Returns the one file that a URL opens: first braces are expanded, then patterns; see utils/fsspec_utils.py."""
+    opened = []
+    for candidate in expand_braces(url):
+        if "::" in candidate:
+            raise ValueError(f"{candidate} is a chain of file systems")
+        if glob.has_magic(candidate):
+            pattern = re.compile(glob_translate(candidate))
+            opened += [path for path in sizes if pattern.match(path)]
+        else:
+            opened.append(candidate)
+    (path,) = opened
+    assert path in sizes, f"{path} is none of the files"
+    stem, suffix = posixpath.splitext(path)
+    assert {suffix, posixpath.splitext(stem)[1]} & {".jsonl", ".txt", ".json", ".parquet"}, f"Unknown format for {path}"
+    return path
+
+
+def expand_braces(text):
+    """As braceexpand: lists and ranges in braces, and a backslash before what is to stand as it is."""
+    inner = re.search(r"(?<!\\)\{([^{}]*)\}", text)
+    if not inner:
+        if re.search(r"(?<!\\)[{}]", text):
+            raise ValueError(f"unbalanced braces in {text!r}")
+        return [re.sub(r"\\(.)", r"\1", text)]
+    choices, numbers = inner[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", inner[1])
+    letters = re.fullmatch(r"([A-Za-z])\.\.([A-Za-z])", inner[1])
+    if letters:
+        choices = [chr(code) for code in range(ord(letters[1]), ord(letters[2]) + 1)]
+    elif numbers:
+        choices = [str(number).zfill(len(numbers[1])) for number in range(int(numbers[1]), int(numbers[2]) + 1)]
+    elif len(choices) == 1:
+        # Braces around one word are kept.
+        choices = [f"\\{{{inner[1]}\\}}"]
+    before, after = text[: inner.start()], text[inner.end() :]
+    return list(dict.fromkeys(path for choice in choices for path in expand_braces(f"{before}{choice}{after}")))
 
 
 def read_levanter(files, sizes):
     def url_of(source):
         assert set(source) == {"train_urls", "format"}
         (url,) = source["train_urls"]
-        return check_url(url)
+        return open_url(url, sizes)
 
     (text,) = files.values()
     return read(text, "configs", url_of, lambda source: source["format"].get("pack", True))
@@ -81,7 +113,7 @@ def read_marin(files, sizes):
         assert set(source) == {"source", "format", "pack"}
         assert set(source["source"]) == {"type", "train_urls"}
         (url,) = source["source"]["train_urls"]
-        return check_url(url)
+        return open_url(url, sizes)
 
     (text,) = files.values()
     return read(text, "components", url_of, lambda source: source["pack"] is True)

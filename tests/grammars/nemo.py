@@ -6,7 +6,10 @@ import warnings
 
 import yaml
 
+from . import Drawn
+from .huggingface import load
 from .megatron import drawn, read_blend
+from .streaming import make_module, run
 
 
 def read_nemo(files, sizes):
@@ -22,11 +25,7 @@ def read_nemo(files, sizes):
 
 def read_bridge(files, sizes):
     """Reads the pair that dataset.blend takes."""
-    (text,) = files.values()
-    (statement,) = ast.parse(text).body
-    assert isinstance(statement, ast.Assign)
-    assert statement.targets[0].id == "BLEND"
-    prefixes, weights = ast.literal_eval(statement.value)
+    prefixes, weights = run(files["megatron_bridge_blend.py"])["BLEND"]
     if len(prefixes) != len(weights):
         raise AssertionError("blend prefixes and weights must be equal in number")
     return drawn(prefixes, weights)
@@ -34,22 +33,21 @@ def read_bridge(files, sizes):
 
 def read_bridge_sft(files, sizes):
     """Counts the rows that blend_sft_rows takes of each source."""
-    (text,) = files.values()
-    values = {node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)}
-    weights = ast.literal_eval(values["SOURCE_WEIGHTS"])
-    assert isinstance(ast.literal_eval(values["BLEND_SEED"]), int)
+
+    def make_source(*, path_or_dataset, load_kwargs, split="train"):
+        assert set(load_kwargs) == {"data_files"}
+        return load(sizes, path_or_dataset, **load_kwargs, split=split)
+
+    module = make_module("megatron.bridge.data.builders", HFDatasetSourceConfig=make_source)
+    names = run(files["megatron_bridge_sft.py"], **{module.__name__: module})
+    assert isinstance(names["BLEND_SEED"], int)
     counts = {}
-    for source, weight in zip(values["SOURCES"].elts, weights, strict=True):
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in source.keywords}
-        path = arguments["load_kwargs"]["data_files"]
+    for (path, size), weight in zip(names["SOURCES"], names["SOURCE_WEIGHTS"], strict=True):
         if not math.isfinite(weight) or weight <= 0:
             raise ValueError(f"Blend weights must be positive, got {weight}")
-        if not path.strip() or any(sign in path for sign in ("*", "?", "[", "]", "::", "://")) or path in counts:
-            raise ValueError(f"{path!r} is a pattern or is there twice")
-        if arguments["split"] != "train" or arguments["path_or_dataset"] not in ("json", "parquet", "csv", "arrow"):
-            raise ValueError(arguments)
+        assert path not in counts
         passes = int(weight)
-        counts[path] = passes * sizes[path] + round(sizes[path] * (weight - passes))
+        counts[path] = passes * size + round(size * (weight - passes))
     return counts
 
 
@@ -71,7 +69,10 @@ def translated(value):
 
 
 def read_automodel(files, sizes):
-    """Returns how often each domain is sampled, after the checks of DomainMixtureConfig and DomainMixture."""
+    """Returns how often each domain is sampled, and its part in the objective.
+
+    The checks are those of DomainMixtureConfig and DomainMixture, which divides both weights by their sums.
+    """
     (text,) = files.values()
     config = yaml.safe_load(text)
     assert config["dataset"]["splits_to_build"] == "train"
@@ -94,7 +95,9 @@ def read_automodel(files, sizes):
     for domain, share in zip(domains, shares.values(), strict=True):
         if not math.isclose(domain["sampling_weight"] / total, share, rel_tol=1e-6, abs_tol=1e-8):
             raise ValueError("domain_mixture sampling weights must match")
-    return dict(zip(names, shares.values(), strict=True))
+    whole = sum(domain["objective_weight"] for domain in domains)
+    objective = {domain["name"]: domain["objective_weight"] / whole for domain in domains}
+    return Drawn(zip(names, shares.values(), strict=True), objective=objective)
 
 
 READERS = {

@@ -3,12 +3,15 @@
 https://github.com/allenai/OLMo-core and dolma/tokenizer/reshard.py of https://github.com/allenai/dolma.
 """
 
-import ast
 import math
 import urllib.parse
 from pathlib import PurePosixPath
+from types import SimpleNamespace
 
 import yaml
+
+from grammars import Drawn
+from grammars.streaming import make_module, run
 
 FIELDS = {"source_name", "target_ratio", "paths", "max_repetition_ratio", "max_source_fraction"}
 
@@ -17,7 +20,7 @@ def read_olmo_core(files, sizes):
     (text,) = files.values()
     data = yaml.safe_load(text)
     assert set(data) == {"sources"}
-    drawn = {}
+    drawn, passes = {}, {}
     names = set()
     total = 0.0
     for source in data["sources"]:
@@ -33,9 +36,10 @@ def read_olmo_core(files, sizes):
         check_array_path(path)
         assert path not in drawn
         drawn[path] = source["target_ratio"]
+        passes[path] = source.get("max_source_fraction", 1.0) * source.get("max_repetition_ratio", 1.0)
         total += source["target_ratio"]
     assert abs(total - 1.0) <= 1e-8 + 1e-5, f"target_ratios must sum to 1.0, got {total}"
-    return drawn
+    return Drawn(drawn, most_passes=passes)
 
 
 def check_array_path(path):
@@ -47,30 +51,41 @@ def check_array_path(path):
 
 
 def read_composable(files, sizes):
-    (text,) = files.values()
-    constants = python_constants(text)
-    assert constants["MAX_REPETITION"] >= 1.0, "Max repetition must be at least 1.0."
-    assert constants["NUM_TOKENS"] is None or constants["NUM_TOKENS"] > 0
-    drawn = {}
-    for name, path, ratio in constants["DOMAINS"]:
-        assert isinstance(name, str)
+    """Runs the file as ``mixing_instance_source.py`` and ``concat_and_chunk_instance_source.py`` take it."""
+
+    def from_npy(*npy_paths, tokenizer, sequence_length, label=None):
+        assert isinstance(label, str)
+        assert tokenizer == "tokenizer"
+        (path,) = npy_paths
         check_array_path(path)
+        return path
+
+    def make_spec(*, source, ratio, max_repetition_factor=1.0, label=None):
         assert ratio > 0, "Ratio must be greater than 0."
-        assert path not in drawn
-        drawn[path] = ratio
-    assert math.isclose(sum(drawn.values()), 1.0, rel_tol=1e-5)
-    return drawn
+        assert max_repetition_factor >= 1.0, "Max repetition must be at least 1.0."
+        return source, ratio, max_repetition_factor
 
+    def make_mixing(*, source_specs, num_tokens=None, seed=None):
+        assert type(seed) is int
+        assert num_tokens is None or num_tokens >= 0
+        drawn, passes = {}, {}
+        for path, ratio, repetition in source_specs:
+            assert path not in drawn
+            drawn[path], passes[path] = ratio, repetition
+        assert math.isclose(sum(drawn.values()), 1.0, rel_tol=1e-5), "it would normalize, and warn"
+        return Drawn(drawn, most_passes=passes, tokens=num_tokens)
 
-def python_constants(text):
-    """Returns what a Python file assigns literally, after compiling the whole of it."""
-    tree = ast.parse(text)
-    compile(tree, "file", "exec")
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
+    module = make_module(
+        "olmo_core.data.composable",
+        ConcatAndChunkInstanceSource=SimpleNamespace(Config=SimpleNamespace(from_npy=from_npy)),
+        MixingInstanceSource=SimpleNamespace(Config=make_mixing, Spec=SimpleNamespace(Config=make_spec)),
+    )
+    mixture = run(files["olmo_core_mixture.py"], **{module.__name__: module})["mixture"]
+    whole, cut = (mixture("tokenizer", sequence_length) for sequence_length in (1, 64))
+    tokens = whole.said["tokens"]
+    # A part of a sequence cannot be drawn.
+    assert cut.said["tokens"] == (tokens and tokens // 64 * 64)
+    return whole
 
 
 def read_dolma(files, sizes):
@@ -90,8 +105,10 @@ def read_dolma(files, sizes):
         for other in drawn:
             assert not PurePosixPath(prefix).is_relative_to(other)
             assert not PurePosixPath(other).is_relative_to(prefix)
+        # It takes whole files: exact where each row is one, and never nothing of a part.
         whole = math.floor(source["sample_rate"])
-        drawn[prefix] = (whole + (source["sample_rate"] - whole)) * sizes[prefix]
+        part = source["sample_rate"] - whole
+        drawn[prefix] = whole * sizes[prefix] + (max(1, round(part * sizes[prefix])) if part else 0)
     return drawn
 
 

@@ -4,7 +4,7 @@ Sources: xtuner/v1/datasets/config.py at 0404287 and jsonl.py at 00e22cc of the 
 index are older).
 """
 
-import ast
+from .streaming import make_module, run
 
 
 def rows_of(size, ratio):
@@ -21,21 +21,20 @@ def rows_of(size, ratio):
 
 
 def read(files, sizes):
-    load, assignment = ast.parse(files["xtuner_datasets.py"]).body
-    assert (load.module, load.names[0].name) == ("xtuner.v1.datasets.config", "DatasetConfig")
-    assert assignment.targets[0].id == "DATASETS"
     drawn = {}
-    for call in assignment.value.elts:
-        assert call.func.id == "DatasetConfig"
-        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        # It forbids keys that it does not know.
-        assert set(given) <= {"anno_path", "cache_dir", "cache_tag", "name", "class_name", "sample_ratio"}
-        path = given["anno_path"]
-        if path not in sizes or not path.endswith(".jsonl"):
-            raise FileNotFoundError(path)
+
+    # It forbids keys that it does not know.
+    def make_config(*, anno_path, name="default", sample_ratio=1.0, class_name="", cache_dir=None, cache_tag=None):
+        if anno_path not in sizes or not anno_path.endswith(".jsonl"):
+            raise FileNotFoundError(anno_path)
+        assert isinstance(name, str)
+        size = sizes[anno_path]
+        return anno_path, rows_of(size, sample_ratio) if sample_ratio != 1 else size
+
+    module = make_module("xtuner.v1.datasets.config", DatasetConfig=make_config)
+    for path, rows in run(files["xtuner_datasets.py"], **{module.__name__: module})["DATASETS"]:
         assert path not in drawn
-        ratio = given.get("sample_ratio", 1.0)
-        drawn[path] = rows_of(sizes[path], ratio) if ratio != 1 else sizes[path]
+        drawn[path] = rows
     return drawn
 
 

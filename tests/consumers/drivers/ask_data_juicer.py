@@ -30,6 +30,14 @@ def load(request):
     return {"drawn": Counter(row["domain"] for row in dataset), "most_often": most}
 
 
+def load_with_ray(request):
+    """The same with the executor on Ray: rows of the one dataset that it takes."""
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    return DatasetBuilder(configuration(request), executor_type="ray").load_dataset().count()
+
+
 def process(request):
     """What dj-process writes, by domain."""
     config = configuration(request)
@@ -39,4 +47,4 @@ def process(request):
 
 
 if __name__ == "__main__":
-    main({"sample_numbers": sample_numbers, "load": load, "process": process})
+    main({"sample_numbers": sample_numbers, "load": load, "load_with_ray": load_with_ray, "process": process})
