@@ -243,7 +243,7 @@ def test_formats_of_counts_say_which_budget_they_took(weights_json):
 
 def test_the_line_to_use_names_the_file_that_was_written(weights_json, tmp_path):
     result = invoke("export", weights_json, "--format", "trl", "--out", tmp_path / "my mix.yaml")
-    assert f"use it: trl sft --config '{tmp_path}/my mix.yaml'\n" in result.stderr
+    assert f"use it: trl sft --config '{tmp_path}/my mix.yaml' --model_name_or_path MODEL\n" in result.stderr
     result = invoke("export", weights_json, "--format", "datasets", "--out", tmp_path / "drawn.py")
     assert "use it: from drawn import build" in result.stderr
 

@@ -259,7 +259,8 @@ streaming: false
     )
     assert export.num_drawn == 280
     assert export.notes == (
-        "TRL takes the first rows of each file, in its order; shuffle files that are sorted.",
+        "TRL takes the first rows of each file, in its order (shuffle files that are sorted), and trains on messages, "
+        "on prompt and completion, or on text: rows must have them.",
         "TRL draws no row twice. code, with 40 rows, limits it to 280; for more, with repeats: --budget.",
     )
 
@@ -510,7 +511,7 @@ def test_patterns_stand_for_one_path_alone(text):
 def problems(draw):
     count = draw(st.integers(2, 30))
     names = [
-        f"{number}{draw(st.text(max_size=4))}".replace("\0", "").encode("utf-8", "ignore").decode()
+        f"{number}-{draw(st.text(max_size=4))}".replace("\0", "").encode("utf-8", "ignore").decode()
         for number in range(count)
     ]
     raw = [Fraction(draw(st.one_of(st.sampled_from([1e-12, 1.0]), st.floats(0, 1)))) for _ in names]

@@ -42,7 +42,8 @@ def _write(plan: ExportPlan) -> Export:
     notes = [
         "OpenRLHF draws at random by these probabilities, and repeats domains until it has read each one once.",
         "For train_ppo_ray: --data.prompt_dataset and --data.prompt_probs take the same values.",
-        "Rows of a domain come in the order of its file; shuffle files that are sorted.",
+        "Rows of a domain come in the order of its file; shuffle files that are sorted. Say which columns are trained "
+        "on: --data.input_key and --data.output_key.",
     ]
     num_drawn = None
     if budget is None:

@@ -14,8 +14,11 @@ from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
 from doremi_mix.exporters.paths import builder_of, check_different_paths, data_files
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
-_USAGE = "trl sft --config trl.yaml"
-_FIRST_ROWS = "TRL takes the first rows of each file, in its order; shuffle files that are sorted."
+_USAGE = "trl sft --config trl.yaml --model_name_or_path MODEL"
+_FIRST_ROWS = (
+    "TRL takes the first rows of each file, in its order (shuffle files that are sorted), and trains on messages, on "
+    "prompt and completion, or on text: rows must have them."
+)
 
 
 def _write(plan: ExportPlan) -> Export:

@@ -7,12 +7,12 @@ pytestmark = pytest.mark.consumers
 
 
 def write_sources(consumer, tmp_path, problem, files_per_domain):
-    """Writes each domain's rows as tokens (one a row), in files of one size; returns the paths to export."""
+    """Writes the rows that are trained on as tokens, one a row, in files of one size; returns the paths to export."""
     arrays, paths = {}, {}
-    for token, (name, size) in enumerate(problem.sizes.items(), start=1):
+    for token, (name, rows) in enumerate(problem.kept.items(), start=1):
         paths[name] = str(tmp_path / "tok" / name)
         for number in range(files_per_domain):
-            arrays[f"{paths[name]}/{number:03d}.npy"] = (token, size // files_per_domain)
+            arrays[f"{paths[name]}/{number:03d}.npy"] = (token, len(rows) // files_per_domain)
     consumer.ask("write_tokens", arrays=arrays)
     return paths
 
@@ -22,11 +22,11 @@ def test_dolma_writes_the_planned_counts(consumer, problem, tmp_path):
     paths = write_sources(consumer, tmp_path, problem, 50)
     export, (file,) = consumer.export("dolma", problem.weights, budget=3000, paths=paths)
     read = consumer.ask("read", file=file)
-    counts = {name: round(read[path] * problem.sizes[name]) for name, path in paths.items()}
+    counts = {name: round(read[path] * len(problem.kept[name])) for name, path in paths.items()}
     drawn = consumer.ask("draw", file=file)
     # Whole files: of each domain, at most one file's rows more or less.
     for token, name in enumerate(paths, start=1):
-        assert abs(drawn[str(token)] - counts[name]) <= problem.sizes[name] / 50, name
+        assert abs(drawn[str(token)] - counts[name]) <= len(problem.kept[name]) / 50, name
         assert counts[name] == pytest.approx(export.expected[name] * sum(counts.values()))
 
 

@@ -18,7 +18,7 @@ def shards(consumer, problem, tmp_path):
 
 def write_shards(consumer, problem, tmp_path):
     paths = {name: str(tmp_path / "mds" / name) for name in problem.rows}
-    consumer.ask("write", rows={paths[name]: [row["domain"] for row in rows] for name, rows in problem.rows.items()})
+    consumer.ask("write", rows={paths[name]: [row["domain"] for row in rows] for name, rows in problem.kept.items()})
     return paths
 
 
