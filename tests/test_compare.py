@@ -111,7 +111,9 @@ def test_results_name_every_mixture(compared, results):
     assert results["verdict"].endswith(".")
     assert "\n" not in results["verdict"]
     assert results["best"] in results["mixtures"]
-    assert printed.stderr.splitlines()[0] == (
+    notice, _, plan = printed.stderr.splitlines()[:3]
+    assert "skewed.json: read as {domain: weight} in JSON" in notice
+    assert plan == (
         f"  6 mixtures x 2 seeds, {results['token_budget']:,} tokens each: learned, natural, uniform, temperature, "
         "skewed, same"
     )
