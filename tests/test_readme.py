@@ -13,6 +13,8 @@ import doremi_mix
 from doremi_mix import plan
 from doremi_mix.cli import app
 from doremi_mix.config import Config
+from doremi_mix.export_files import list_formats
+from doremi_mix.report.format_table import markdown_formats
 from doremi_mix.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,11 @@ def test_the_commands_exist(line):
     assert words[0] in group.commands, line
     known = {option for parameter in group.commands[words[0]].params for option in parameter.opts} | {"--help"}
     assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_the_table_of_formats_is_what_was_proven():
+    shown = README.partition("<!-- formats: written by scripts/consumers_table.py -->\n")[2]
+    assert shown.partition("<!-- end of formats -->")[0].strip() == markdown_formats(list_formats()).strip()
 
 
 def test_settings_that_the_readme_names_exist():

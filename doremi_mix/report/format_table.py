@@ -43,7 +43,7 @@ def render_formats(rows: Sequence[Mapping[str, Any]]) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
         caption="proof: what the program's own released code did with our files. drawn: it drew the predicted "
-        "composition; parsed: it read them; golden: it cannot be installed, only our texts are tested",
+        "composition; parsed: it read them; golden: only our texts are tested",
         caption_justify="left",
     )
     # What a terminal has no room for is in --json and in the README.
