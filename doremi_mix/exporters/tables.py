@@ -211,7 +211,7 @@ FORMATS = (
     Format(
         name="domain-weights",
         consumer="doremi-mix",
-        title="doremi-mix itself (domain_weights.json, of the planned shares)",
+        title="doremi_mix itself (domain_weights.json, of the planned shares)",
         unit="tokens",
         meaning="share",
         oversamples="yes, up to its own mixture.max_epochs",
