@@ -167,14 +167,17 @@ def _print_exports(folder: Path, *, as_json: bool) -> None:
 
 def _read(path: Path, corpus: Path | None) -> DomainWeights:
     """Reads weights of any pipeline, with what is known of the corpus; says on stderr what was made of them."""
-    from doremi_mix.export_inputs import read_corpus
+    from doremi_mix.export_inputs import corpus_beside, read_corpus
     from doremi_mix.weight_files import read_weights
 
     read = read_weights(path)
     for notice in read.notices:
         print(f"note: {notice}", file=sys.stderr)
     if corpus is None:
-        return read.to_domain_weights()
+        weights = read.to_domain_weights()
+        if weights.corpus or not corpus_beside(path):
+            return weights
+        corpus = path
     known = read_corpus(corpus)
     for name in known:
         if name not in read.weights:

@@ -15,7 +15,7 @@ from doremi_mix.types import DomainStatistics, check_distribution
 if TYPE_CHECKING:
     import datasets
 
-    from doremi_mix.loading import MixtureSampler
+    from doremi_mix.sampler import MixtureSampler
 
 WEIGHTS_FORMAT = "doremi-mix/domain-weights"
 WEIGHTS_VERSION = 1
@@ -189,8 +189,8 @@ class DomainWeights:
         num_replicas: int = 1,
         rank: int = 0,
     ) -> MixtureSampler:
-        """Returns a sampler for a torch ``DataLoader``; see ``doremi_mix.loading.MixtureSampler``."""
-        from doremi_mix.loading import MixtureSampler
+        """Returns a sampler for a torch ``DataLoader``; see ``doremi_mix.sampler.MixtureSampler``."""
+        from doremi_mix.sampler import MixtureSampler
 
         return MixtureSampler(
             sizes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -66,7 +67,7 @@ def read_corpus(path: Path) -> dict[str, DomainStatistics]:
             raise DataError(f"{folder}: is no run directory with weights; give one, or a file of statistics by domain")
     value = _read_mapping(path, "--corpus", "statistics")
     if value.get("format") == WEIGHTS_FORMAT:
-        value = value.get("corpus", {})
+        value = value.get("corpus") or corpus_beside(path)
     if not value or not isinstance(value, dict):
         raise DataError(f"{path}: knows nothing of the corpus; run again what wrote it, or give another --corpus")
     corpus = {}
@@ -82,6 +83,32 @@ def read_corpus(path: Path) -> dict[str, DomainStatistics]:
         except ValueError as error:
             raise DataError(f"{path}: {name!r}: {error}; mend it") from None
     return corpus
+
+
+def corpus_beside(weights: Path) -> dict[str, Any]:
+    """Returns what a run counted of its domains, for weights that were written before they said it themselves.
+
+    Args:
+        weights: ``weights/domain_weights.json`` of a run.
+
+    Returns:
+        By domain, what ``DomainStatistics`` takes; empty where the file lies in no run.
+    """
+    run = weights.absolute().parent.parent
+    counted, read = run / "tokenize" / "domains.json", run / "load" / "summary.json"
+    if weights.absolute().parent.name != "weights" or not counted.exists() or not read.exists():
+        return {}
+    sources = {source["domain"]: source for source in json.loads(read.read_text(encoding="utf-8"))["domains"]}
+    return {
+        domain["name"]: {
+            "num_examples": domain["train"]["documents"],
+            "available_tokens": domain["available_tokens"],
+            "num_sequences": domain["train"]["sequences"],
+            "path": sources[domain["name"]]["path"],
+            "num_rows": sources[domain["name"]]["num_rows"],
+        }
+        for domain in json.loads(counted.read_text(encoding="utf-8"))["domains"]
+    }
 
 
 def _read_mapping(path: Path, option: str, what: str) -> dict[str, Any]:

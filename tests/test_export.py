@@ -178,6 +178,20 @@ def test_a_file_of_weights_becomes_one_export(weights_json, tmp_path):
     assert invoke("export", weights_json, "--format", "trl", "--out", out, "--overwrite").exit_code == 0
 
 
+def test_weights_of_an_older_run_take_the_corpus_beside_them(run_dir, tmp_path):
+    weights = run_dir / "weights" / "domain_weights.json"
+    new = invoke("export", weights, "--format", "ms-swift", "--budget", "3000").stdout
+    data = json.loads(weights.read_text())
+    assert data.pop("corpus")
+    weights.write_text(json.dumps(data))
+    assert invoke("export", weights, "--format", "ms-swift", "--budget", "3000").stdout == new
+    elsewhere = tmp_path / "copied.json"
+    elsewhere.write_text(json.dumps(data))
+    assert "--corpus RUN_DIR" in invoke("export", elsewhere, "--format", "ms-swift", "--budget", "3000").stderr
+    with_corpus = invoke("export", elsewhere, "--format", "ms-swift", "--budget", "3000", "--corpus", run_dir)
+    assert with_corpus.stdout == new
+
+
 def test_without_out_the_text_goes_to_stdout(weights_json):
     result = invoke("export", weights_json, "--format", "trl")
     assert result.exit_code == 0, result.stderr

@@ -13,8 +13,9 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import BudgetError, ConfigError, DataError
-from doremi_mix.loading import MixtureSampler, draw_counts, interleave, mixture_indices
+from doremi_mix.loading import interleave
 from doremi_mix.mixture import draw_examples
+from doremi_mix.sampler import MixtureSampler, draw_counts, mixture_indices
 from doremi_mix.types import DomainStatistics
 
 CORPUS = {
