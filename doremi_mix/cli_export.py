@@ -234,7 +234,10 @@ def _print_formats(rows: list[dict[str, object]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        show(render_formats(rows))
+        from rich.console import Console
+
+        console = Console()
+        show(render_formats(rows, console.width if console.is_terminal else 120))
 
 
 def dataset(

@@ -1,6 +1,6 @@
 """The mixture without files: which examples of which domain, and a sampler for a torch ``DataLoader``.
 
-Both draw whole examples, so many of each domain that its share of TOKENS is its weight, under an epoch cap.  Within a
+Whole examples are drawn, so many of each domain that its share of TOKENS is its weight, under an epoch cap.  Within a
 domain every epoch is a permutation: no example comes again before every other one came as often.
 """
 
@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -22,9 +22,6 @@ from doremi_mix.domain_weights import DomainWeights
 from doremi_mix.errors import BudgetError, DataError
 from doremi_mix.mixture import IntArray, draw_examples, mixture_order
 from doremi_mix.types import DomainStatistics
-
-if TYPE_CHECKING:
-    pass
 
 BudgetUnit = Literal["tokens", "examples"]
 

@@ -34,8 +34,8 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def render_formats(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Draws the table for a terminal."""
+def render_formats(rows: Sequence[Mapping[str, Any]], width: int = 120) -> Table:
+    """Draws the table for a terminal of some width, in characters."""
     table = Table(
         title="Formats (doremi-mix export WEIGHTS_JSON --format NAME)",
         box=box.SIMPLE_HEAD,
@@ -47,7 +47,8 @@ def render_formats(rows: Sequence[Mapping[str, Any]]) -> Table:
         caption_justify="left",
     )
     # What a terminal has no room for is in --json and in the README.
-    shown = [place for place, heading in enumerate(HEADINGS) if heading not in ("repeats rows", "date")]
+    hidden = {"repeats rows", "date"} | ({"written for"} if width < 110 else set())
+    shown = [place for place, heading in enumerate(HEADINGS) if heading not in hidden]
     for place in shown:
         table.add_column(HEADINGS[place], overflow="fold", no_wrap=HEADINGS[place] == "format")
     for row in rows:
