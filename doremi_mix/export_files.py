@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from doremi_mix.errors import ConfigError, ExportError, RunDirectoryError, short
 from doremi_mix.exporters import FORMATS, Export, ExportPlan, Format, export_plan
 from doremi_mix.exporters.export import json_text
 from doremi_mix.exporters.plan import make_plan
+from doremi_mix.mixture import check_max_epochs, epoch_cap
 
 ENTRY_POINTS = "doremi_mix.exporters"
 PROOFS = Path(__file__).parent / "exporters" / "verified.json"
@@ -171,11 +171,12 @@ def default_budget(weights: DomainWeights, max_epochs: float) -> int | None:
         What the weights were learned for, else one pass over the domains that are drawn; not more than the epoch cap
         allows.  None where nothing is known of the domains.
     """
+    check_max_epochs(max_epochs, "max_epochs")
     available = [s.available_tokens for name, s in weights.corpus.items() if weights[name]]
     if not available:
         return None
     wanted = _learned_for(weights) or sum(available)
-    return max(1, min(wanted, sum(int(Fraction(str(float(max_epochs))) * tokens) for tokens in available)))
+    return max(1, min(wanted, sum(epoch_cap(max_epochs, tokens) for tokens in available)))
 
 
 def _paths(row: Format, weights: DomainWeights, given: str | Mapping[str, str] | None) -> Mapping[str, str] | None:
@@ -234,7 +235,9 @@ def expectation(row: Format, plan: ExportPlan, export: Export) -> dict[str, Any]
 def _with_name(usage: str, name: str, out: Path) -> str:
     """Returns how an export is used, with the name that its one file got in place of its usual one."""
     usual, given = Path(name), Path(out)
-    text = usage.replace(name, shlex.quote(str(out)) if " " in str(out) else str(out))
+    # In Python the name stands in quotes, on a command line it does not.
+    text = usage.replace(f'"{name}"', json.dumps(str(out), ensure_ascii=False))
+    text = text.replace(name, shlex.quote(str(out))) if text == usage else text
     return text.replace(f"from {usual.stem} import", f"from {given.stem} import")
 
 

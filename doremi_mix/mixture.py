@@ -15,6 +15,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from doremi_mix.conversions import whole_counts
 from doremi_mix.errors import BudgetError, DataError
 from doremi_mix.types import Allocation, check_distribution
 
@@ -81,7 +82,13 @@ def temperature_weights(available_tokens: Mapping[str, int], temperature: float)
 
 
 def allocate(
-    weights: Mapping[str, float], available_tokens: Mapping[str, int], budget: int, max_epochs: float = 4.0
+    weights: Mapping[str, float],
+    available_tokens: Mapping[str, int],
+    budget: int,
+    max_epochs: float = 4.0,
+    *,
+    unit: str = "token",
+    setting: str = "mixture.max_epochs",
 ) -> Allocation:
     """Splits a token budget over domains by weight, with no domain repeated more than ``max_epochs`` times.
 
@@ -98,6 +105,8 @@ def allocate(
         available_tokens: tokens that one pass over each domain gives; the same domains as ``weights``, in any order.
         budget: tokens to hand out, at least 1.
         max_epochs: the largest number of passes over a domain; may be a fraction.
+        unit: what is counted, for messages: the arithmetic is the same for examples.
+        setting: what the caller calls ``max_epochs``, for messages.
 
     Returns:
         The allocation, in the order of ``weights``.  Its tokens sum to ``budget`` exactly.
@@ -111,7 +120,7 @@ def allocate(
         >>> allocate({"gsm8k": 0.8, "dolly": 0.2}, {"gsm8k": 100, "dolly": 900}, budget=1_000, max_epochs=4).tokens
         {'gsm8k': 400, 'dolly': 600}
     """
-    _check_budget(budget, max_epochs)
+    _check_budget(budget, max_epochs, unit, setting)
     if not weights:
         raise DataError("weights name no domain; expected at least one; give the weights of the domains to mix")
     _check_same_domains(weights, available_tokens)
@@ -122,16 +131,17 @@ def allocate(
     counts = _check_available({name: available_tokens[name] for name in weights})
     names = tuple(weights)
     exact_weights = [_as_typed(weights[name]) for name in names]
-    caps = _caps(max_epochs, [counts[name] for name in names])
+    caps = [epoch_cap(max_epochs, counts[name]) for name in names]
     feasible = sum(cap for cap, weight in zip(caps, exact_weights, strict=True) if weight)
     if budget > feasible:
-        raise BudgetError(_impossible_budget(budget, feasible, max_epochs, weights, counts))
+        raise BudgetError(_impossible_budget(budget, feasible, max_epochs, weights, counts, unit, setting))
     shares, capped = _water_fill(exact_weights, caps, budget)
-    tokens = _round_largest_remainder(shares, budget)
+    # A fractional share lies below its whole-number cap, so no share is rounded up over it.
+    tokens = whole_counts(dict(zip(names, shares, strict=True)))
     return Allocation(
         budget=int(budget),
         max_epochs=max_epochs,
-        tokens=dict(zip(names, tokens, strict=True)),
+        tokens=tokens,
         available_tokens=counts,
         capped=tuple(names[i] for i in sorted(capped)),
     )
@@ -239,20 +249,18 @@ def _water_fill(weights: list[Fraction], caps: list[int], budget: int) -> tuple[
     return shares, capped
 
 
-def _round_largest_remainder(shares: list[Fraction], budget: int) -> list[int]:
-    """Rounds shares that sum to the budget to integers that do, none above its whole-number cap."""
-    # A fractional share lies below its integer cap, so its ceiling cannot exceed the cap; whole shares never round up,
-    # because the number of tokens missing is below the number of fractional shares.
-    tokens = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: (tokens[i] - shares[i], i))
-    for i in by_remainder[: budget - sum(tokens)]:
-        tokens[i] += 1
-    return tokens
+def epoch_cap(max_epochs: float, count: int) -> int:
+    """Returns the most that a domain may give, in whole tokens or examples.
 
+    Args:
+        max_epochs: the largest number of passes over it, finite.
+        count: what one pass gives.
 
-def _caps(max_epochs: float, counts: list[int]) -> list[int]:
-    """Returns the most tokens that each domain may give."""
-    return [math.floor(_as_typed(max_epochs) * count) for count in counts]
+    Example:
+        >>> epoch_cap(0.7, 10)
+        7
+    """
+    return math.floor(_as_typed(max_epochs) * count)
 
 
 def _as_typed(number: float) -> Fraction:
@@ -272,13 +280,18 @@ def _generator(seed: int, purpose: str, domain: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *key])))
 
 
-def _check_budget(budget: int, max_epochs: float) -> None:
+def _check_budget(budget: int, max_epochs: float, unit: str, setting: str) -> None:
     if isinstance(budget, bool) or not isinstance(budget, int | np.integer) or budget <= 0:
         raise BudgetError(
-            f"the token budget must be a whole number of at least 1, got {budget!r}; change the token budget"
+            f"the {unit} budget must be a whole number of at least 1, got {budget!r}; change the {unit} budget"
         )
+    check_max_epochs(max_epochs, setting)
+
+
+def check_max_epochs(max_epochs: float, setting: str) -> None:
+    """Raises BudgetError, which names the setting, unless it is finite and above 0."""
     if not (math.isfinite(max_epochs) and max_epochs > 0):
-        raise BudgetError(f"mixture.max_epochs must be finite and above 0, got {max_epochs}; change mixture.max_epochs")
+        raise BudgetError(f"{setting} must be finite and above 0, got {max_epochs}; change {setting}")
 
 
 def _check_same_domains(weights: Mapping[str, float], available_tokens: Mapping[str, int]) -> None:
@@ -307,19 +320,25 @@ def _check_available(available_tokens: Mapping[str, int]) -> dict[str, int]:
 
 
 def _impossible_budget(
-    budget: int, feasible: int, max_epochs: float, weights: Mapping[str, float], counts: Mapping[str, int]
+    budget: int,
+    feasible: int,
+    max_epochs: float,
+    weights: Mapping[str, float],
+    counts: Mapping[str, int],
+    unit: str,
+    setting: str,
 ) -> str:
     weighted = [count for name, count in counts.items() if weights[name] > 0]
-    what = f"token budget {budget:,} is impossible"
+    what = f"{unit} budget {budget:,} is impossible"
     if not sum(weighted):
-        return f"{what}: no domain with a weight above 0 has any tokens; add data"
+        return f"{what}: no domain with a weight above 0 has any {unit}s; add data"
     # Caps are whole tokens, so the plain quotient can fall short by up to one token a domain.
     enough = (math.ceil(tokens / sum(weighted) * 100) / 100 for tokens in (budget, budget + len(weighted)))
-    needed = next(epochs for epochs in enough if sum(_caps(epochs, weighted)) >= budget)
-    lower = f"lower the token budget to {feasible:,} or " if feasible else ""
+    needed = next(epochs for epochs in enough if sum(epoch_cap(epochs, count) for count in weighted) >= budget)
+    lower = f"lower the {unit} budget to {feasible:,} or " if feasible else ""
     return (
-        f"{what}: {sum(weighted):,} tokens in domains with a weight above 0, each drawn at most {max_epochs:g} times, "
-        f"give at most {feasible:,}; {lower}raise mixture.max_epochs to {needed:.2f}"
+        f"{what}: {sum(weighted):,} {unit}s in domains with a weight above 0, each drawn at most {max_epochs:g} times, "
+        f"give at most {feasible:,}; {lower}raise {setting} to {needed:.2f}"
     )
 
 

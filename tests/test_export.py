@@ -258,6 +258,8 @@ def test_formats_of_counts_say_which_budget_they_took(weights_json):
 def test_the_line_to_use_names_the_file_that_was_written(weights_json, tmp_path):
     result = invoke("export", weights_json, "--format", "trl", "--out", tmp_path / "my mix.yaml")
     assert f"use it: trl sft --config '{tmp_path}/my mix.yaml' --model_name_or_path MODEL\n" in result.stderr
+    result = invoke("export", weights_json, "--format", "olmo-core", "--out", tmp_path / "my olmo.yaml")
+    assert f'SourceMixtureList.from_yaml("{tmp_path}/my olmo.yaml")' in result.stderr
     result = invoke("export", weights_json, "--format", "datasets", "--out", tmp_path / "drawn.py")
     assert "use it: from drawn import build" in result.stderr
 
@@ -293,8 +295,13 @@ def test_weights_of_another_pipeline_need_what_there_is_of_each_domain(tmp_path,
         (["--format", "trl", "--out", ""], "--out is empty; give a file or a folder, or leave it out"),
         (["--format", "llama-factory", "--out", "x.yaml"], "llama-factory has several files (llama_factory.yaml, "),
         (["--format", "trl", "--budget", "many"], "'many' is no count; give a whole number of at least 1"),
-        (["--format", "trl", "--max-epochs", "0"], "max_epochs must be finite and above 0, got 0.0; give another one"),
-        (["--format", "trl", "--budget", "1000000"], "budget 1,000,000 is impossible: 7,000 tokens in domains"),
+        (["--format", "ms-swift", "--max-epochs", "nan"], "max_epochs must be finite and above 0, got nan; change"),
+        (
+            ["--format", "ms-swift", "--budget", "1M", "--budget-unit", "examples"],
+            "example budget 1,000,000 is impossible: 300 examples in domains",
+        ),
+        (["--format", "trl", "--max-epochs", "0"], "max_epochs must be finite and above 0, got 0.0; change max_epochs"),
+        (["--format", "trl", "--budget", "1000000"], "token budget 1,000,000 is impossible: 7,000 tokens in domains"),
         (["--format", "trl", "--set", "export.seed=1"], "--set goes with --run-dir; give that, or leave --set out"),
         (["--format", "megatron", "--paths", "/a b/{name}"], "megatron: the path of domain 'short' has a space"),
     ],

@@ -109,7 +109,7 @@ def test_what_no_file_can_hold_is_refused():
         make_plan(weights_of({"a": 0.5, "b": 0.5}), paths={"a": "x", "b": "y\0"})
     with pytest.raises(DataError, match=r"^no path is given for domain 'b'; give one for each domain in --paths$"):
         make_plan(weights_of({"a": 0.5, "b": 0.5}), paths={"a": "x"})
-    with pytest.raises(BudgetError, match=r"^budget 100,000 is impossible: 7,000 tokens"):
+    with pytest.raises(BudgetError, match=r"^token budget 100,000 is impossible: 7,000 tokens"):
         make_plan(weights_of(WEIGHTS, CORPUS), budget=100_000)
 
 

@@ -116,6 +116,11 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def python_dict(value: Mapping[str, Any]) -> str:
+    """Returns Python for a dict, one entry a line."""
+    return "{\n" + "".join(f"    {name!r}: {entry!r},\n" for name, entry in value.items()) + "}"
+
+
 def one_line(text: str) -> str:
     """Returns text for a comment: what would end the line in any reader is written as an escape."""
     return "".join(

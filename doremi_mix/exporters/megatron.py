@@ -14,7 +14,7 @@ from doremi_mix.exporters.plan import ExportPlan
 PREFIX = "tokenized/{name}_text_document"
 """What preprocess_data.py of Megatron-LM calls the .bin and .idx files of a domain."""
 
-_OVERSAMPLES = "yes: it starts further epochs of a prefix"
+OVERSAMPLES = "yes: it starts further epochs of a prefix"
 _SURPLUS = (
     "If building the datasets raises IndexError (oversamples), raise mid_level_dataset_surplus: for short runs of many "
     "domains its default of 0.005 can be too little."
@@ -99,7 +99,7 @@ FORMATS = (
         title="Megatron-LM (--data-args-path)",
         unit="sequences",
         meaning="share",
-        oversamples=_OVERSAMPLES,
+        oversamples=OVERSAMPLES,
         write=_write_arguments_file,
         path=PREFIX,
     ),
@@ -109,7 +109,7 @@ FORMATS = (
         title="Megatron-LM (--per-split-data-args-path)",
         unit="sequences",
         meaning="share",
-        oversamples=_OVERSAMPLES,
+        oversamples=OVERSAMPLES,
         write=_write_per_split,
         path=PREFIX,
     ),

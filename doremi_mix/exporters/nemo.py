@@ -12,11 +12,9 @@ from doremi_mix.conversions import exact_shares
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters.counts import of_counts
 from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
-from doremi_mix.exporters.megatron import PREFIX, check_prefixes, tokens_note, zipped_blend
+from doremi_mix.exporters.megatron import OVERSAMPLES, PREFIX, check_prefixes, tokens_note, zipped_blend
 from doremi_mix.exporters.paths import builder_of, check_different_paths, data_files
 from doremi_mix.exporters.plan import ExportPlan
-
-_EPOCHS = "yes: it starts further epochs of a prefix"
 
 
 def _write_nemo(plan: ExportPlan) -> Export:
@@ -204,7 +202,7 @@ FORMATS = (
         title="NVIDIA NeMo 2 (PreTrainingDataModule)",
         unit="sequences",
         meaning="share",
-        oversamples=_EPOCHS,
+        oversamples=OVERSAMPLES,
         write=_write_nemo,
         path=PREFIX,
     ),
@@ -214,7 +212,7 @@ FORMATS = (
         title="NVIDIA Megatron-Bridge, pretraining (GPTDatasetConfig)",
         unit="sequences",
         meaning="share",
-        oversamples=_EPOCHS,
+        oversamples=OVERSAMPLES,
         write=_write_bridge,
         path=PREFIX,
     ),

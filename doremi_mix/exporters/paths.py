@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from doremi_mix.errors import ExportError
-from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
+from doremi_mix.exporters.plan import DEFAULT_PATH, ExportPlan, PlannedDomain
 
 _BUILDERS = {
     ".json": "json",
@@ -62,7 +62,7 @@ def path_error(domain: PlannedDomain, what: str) -> ExportError:
 
 def _is_pattern(domain: PlannedDomain, characters: str) -> bool:
     read_from = domain.statistics.path if domain.statistics else ""
-    default = f"data/{domain.name}.jsonl"
+    default = DEFAULT_PATH.replace("{name}", domain.name)
     return domain.path not in (read_from, default) and not any(character in domain.name for character in characters)
 
 

@@ -6,18 +6,19 @@ means, and write it down.
 
 from __future__ import annotations
 
-import math
 import posixpath
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
 from doremi_mix.conversions import exact_shares, in_other_units, whole_counts
 from doremi_mix.domain_weights import DomainWeights
-from doremi_mix.errors import BudgetError, DataError, ExportError
-from doremi_mix.mixture import allocate
+from doremi_mix.errors import DataError, ExportError
+from doremi_mix.mixture import allocate, check_max_epochs, epoch_cap
 from doremi_mix.types import DomainStatistics
+
+DEFAULT_PATH = "data/{name}.jsonl"
+"""What a program reads where nobody said what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +172,7 @@ def make_plan(
         BudgetError: the budget cannot be met under the epoch cap.
         DataError: the paths are not those of the domains.
     """
-    if not (math.isfinite(max_epochs) and max_epochs > 0):
-        raise BudgetError(f"max_epochs must be finite and above 0, got {max_epochs}; give another one")
+    check_max_epochs(max_epochs, "max_epochs")
     names = [name for name, weight in weights.domain_weights.items() if weight]
     _check_paths(names, paths)
     corpus = {name: weights.corpus[name] for name in names} if weights.corpus else {}
@@ -250,7 +250,7 @@ def _draw_tokens(
 ) -> _Drawn:
     """Splits a budget of tokens; examples follow from their mean lengths, where these are known."""
     available = {name: statistics.available_tokens for name, statistics in corpus.items()}
-    tokens, capped = _split(shares, available, budget, max_epochs, "tokens")
+    tokens, capped = _split(shares, available, budget, max_epochs, "token")
     token_shares = exact_shares({name: Fraction(count) for name, count in tokens.items()})
     if lengths is None:
         return _Drawn(token_shares, None, tokens, None, capped)
@@ -258,7 +258,7 @@ def _draw_tokens(
         # Lengths are equal and unknown: shares of examples, but no number of them.
         return _Drawn(token_shares, token_shares, tokens, None, capped)
     amounts = {name: count / lengths[name] for name, count in tokens.items()}
-    caps = {name: int(Fraction(str(float(max_epochs))) * corpus[name].num_examples) for name in tokens}
+    caps = {name: epoch_cap(max_epochs, corpus[name].num_examples) for name in tokens}
     return _Drawn(token_shares, exact_shares(amounts), tokens, whole_counts(amounts, caps), capped)
 
 
@@ -276,7 +276,7 @@ def _draw_examples(
             "--equal-lengths"
         )
     available = {name: statistics.num_examples for name, statistics in corpus.items()}
-    examples, capped = _split(in_other_units(shares, lengths), available, budget, max_epochs, "examples")
+    examples, capped = _split(in_other_units(shares, lengths), available, budget, max_epochs, "example")
     amounts = {name: count * lengths[name] for name, count in examples.items()}
     return _Drawn(
         token_shares=exact_shares(amounts),
@@ -291,15 +291,11 @@ def _split(
     shares: Mapping[str, float], available: Mapping[str, int], budget: int, max_epochs: float, unit: str
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Returns the budget by domain, and the domains that the epoch cap cut; nothing is cut where sizes are unknown."""
-    try:
-        if available:
-            allocation = allocate(shares, available, budget, max_epochs)
-            return dict(allocation.tokens), allocation.capped
-        return dict(allocate(shares, dict.fromkeys(shares, budget), budget, 1.0).tokens), ()
-    except BudgetError as error:
-        # The core speaks of tokens and of the run's setting.
-        text = str(error).replace("token budget", "budget").replace("mixture.max_epochs", "max_epochs")
-        raise BudgetError(re.sub(r"\btokens\b", unit, text)) from None
+    if available:
+        allocation = allocate(shares, available, budget, max_epochs, unit=unit, setting="max_epochs")
+        return dict(allocation.tokens), allocation.capped
+    unlimited = dict.fromkeys(shares, budget)
+    return dict(allocate(shares, unlimited, budget, 1.0, unit=unit, setting="max_epochs").tokens), ()
 
 
 def _lengths(
@@ -314,7 +310,7 @@ def _lengths(
 def _path(name: str, paths: Mapping[str, str] | None, statistics: DomainStatistics | None) -> str:
     if paths is not None:
         return paths[name]
-    return statistics.path if statistics and statistics.path else f"data/{name}.jsonl"
+    return statistics.path if statistics and statistics.path else DEFAULT_PATH.replace("{name}", name)
 
 
 def _file_examples(path: str | None, statistics: DomainStatistics | None) -> int | None:

@@ -8,10 +8,9 @@ domain is first brought to its count, and then the default is exact.
 from __future__ import annotations
 
 from doremi_mix.exporters.counts import of_counts
-from doremi_mix.exporters.export import Export, ExportedFile, Format
+from doremi_mix.exporters.export import Export, ExportedFile, Format, python_dict
 from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
-from doremi_mix.exporters.streaming import python_dict
 
 _PYTHON = '''\
 import os

@@ -8,13 +8,12 @@ together unless ``epoch_size`` says otherwise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from doremi_mix.errors import ExportError
 from doremi_mix.exporters.counts import of_counts
-from doremi_mix.exporters.export import Export, ExportedFile, Format, yaml_text
+from doremi_mix.exporters.export import Export, ExportedFile, Format, python_dict, yaml_text
 from doremi_mix.exporters.paths import check_different_paths, path_error
 from doremi_mix.exporters.plan import ExportPlan, PlannedDomain
 
@@ -100,11 +99,6 @@ def write_llm_foundry(plan: ExportPlan) -> Export:
             "For the text loader over sequences of equal length, the shares to use are those of tokens (last column).",
         ),
     )
-
-
-def python_dict(value: Mapping[str, Any]) -> str:
-    """Returns Python for a dict, one entry a line."""
-    return "{\n" + "".join(f"    {name!r}: {entry!r},\n" for name, entry in value.items()) + "}"
 
 
 def _streams(plan: ExportPlan) -> dict[str, dict[str, Any]]:
